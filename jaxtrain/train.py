@@ -8,7 +8,9 @@ The same command resumes a run that was stopped. Ctrl-C, SIGTERM and SIGHUP (a l
 after the current step or evaluation batch, then stop; a second Ctrl-C or SIGTERM ends the process
 at once. Exit status 75 means "preempted: start again", 78 means "the same start would fail again".
 Several processes find each other by --coordinator, --processes and --process, or by the environment
-variables of their launcher (launch.run, SLURM's srun, mpirun, JAX_*).
+variables of their launcher (launch.run, SLURM's srun, mpirun, JAX_*). Several sites, each with its
+own processes, exchange their changes of the weights if --sites.period, --sites_file and --site are
+set.
 """
 
 import contextlib
@@ -54,11 +56,13 @@ from jaxtrain.reporting.run_logger import RunLogger
 from jaxtrain.reporting.terminal import set_up_logging
 from jaxtrain.run_directory.contents import is_finished
 from jaxtrain.run_directory.lock import RunLock
+from jaxtrain.sites.rounds import Rounds
+from jaxtrain.sites.start import Membership, check_sites_flags, open_rounds, read_membership
 from jaxtrain.training.diagnostic_step import compile_diagnosis
 from jaxtrain.training.finish import SAMPLE_FLAG, finish_run
 from jaxtrain.training.loop import Diverged, Loop
 from jaxtrain.training.resume import start_state
-from jaxtrain.training.run import build_run, compile_step
+from jaxtrain.training.run import Run, build_run, compile_step
 from jaxtrain.training.sampling import decode_shell_text
 from jaxtrain.training.startup import (
     build_config_json,
@@ -66,6 +70,7 @@ from jaxtrain.training.startup import (
     measurement_lines,
     startup_lines,
 )
+from jaxtrain.training.step import Step, state_sharding_tree
 
 
 def train(
@@ -73,6 +78,7 @@ def train(
     devices: Sequence | None = None,
     quiet: bool = False,
     stop: StopListener | None = None,
+    member: Membership | None = None,
 ) -> int:
     """Trains up to cfg.steps, resuming from cfg.workdir if it has a checkpoint.
 
@@ -81,6 +87,7 @@ def train(
         quiet: prints no progress.
         stop: an entered StopListener, which ends the process if a signal comes before the first
             step; None leaves such signals to their current handlers.
+        member: the run's place among the sites of its job; None trains on this site only.
 
     Returns:
         the exit status: 0, or the one for the signal that stopped the run.
@@ -113,12 +120,14 @@ def train(
         stop.set_activity("reading the data")
         corpus, held_out = run_on_all_processes(lambda: open_data(cfg, workdir))
         check_same_on_all_processes("the data", corpus.fingerprint)
-        batches = stack.enter_context(build_batches(cfg.data, corpus, run.mesh, cfg.seed))
+        site = (member.site, len(member.file.sites)) if member else (0, 1)
+        batches = stack.enter_context(build_batches(cfg.data, corpus, run.mesh, cfg.seed, site))
 
         # State: the newest checkpoint, or step 0.
         stack.enter_context(checkpoints)
+        rounds = join_sites(stack, member, run, corpus)
         stop.set_activity("creating or restoring the weights")
-        run, state, restored = start_state(run, checkpoints, batches, initial_state)
+        run, state, restored = start_state(run, checkpoints, batches, initial_state, rounds)
         if restored is None and cfg.checkpoint.storage == "host0":
             check_not_moved(workdir, checkpoints.steps())
         first = int(state.step)
@@ -135,19 +144,16 @@ def train(
         stack.enter_context(logger)
         hosts = gather_texts(socket.gethostname())
         logger.print_header(startup_lines(run, corpus, checkpoints, restored, dtype_reason))
+        if rounds:
+            rounds.open_ledger(workdir, first, logger.note)
+            logger.print_header(("sites", line) for line in rounds.describe())
         logger.print_header(("lock", line) for line in lock.describe())
-        logger.write_config(build_config_json(run, corpus, hosts))
+        place = member.describe() if member else None
+        logger.write_config(build_config_json(run, corpus, hosts, site=place))
         log = run_on_all_processes(lambda: StepLog(workdir, jax.process_index(), first))
 
         # Step: compiled once, ahead of time; a call with other shapes is an error, not a recompile.
-        beat("compile", first)
-        stop.set_activity("compiling the step")
-        step = compile_step(run)
-        logger.note(f"compiled in {step.compile_s:.1f} s")
-        logger.write(first, {"perf/compile_time_s": step.compile_s})
-        diagnosis = compile_diagnosis(run) if cfg.diagnose_every else None
-        if diagnosis:
-            logger.note(f"diagnosis compiled in {diagnosis.compile_s:.1f} s")
+        step, diagnosis = compile_steps(run, logger, stop, first)
 
         # Measurements: what a step computes and moves, and the counters of this process.
         work = build_work(run.cfg, run.parameters, run.mesh, step.compiled, hosts)
@@ -155,17 +161,51 @@ def train(
         collector = Collector(work, chip, log, open_network_counters(hosts), checkpoints.is_saving)
         stack.enter_context(collector)
         collector.watch_ranks(cfg.measure, hosts, first)
-        logger.write_config(build_config_json(run, corpus, hosts, work, collector))
+        logger.write_config(build_config_json(run, corpus, hosts, work, collector, place))
         logger.print_header(measurement_lines(run, work, collector))
 
         # Loop: batch, step, log, evaluate, save; then a last evaluation, a sample, the summary.
-        loop = Loop(run, state, step, diagnosis, batches, held_out, checkpoints, logger, collector)
+        parts = step, diagnosis, batches, held_out, checkpoints, logger, collector, rounds
+        loop = Loop(run, state, *parts)
         del state  # the first step donates its buffers
         stack.enter_context(stop)
         compile_s = step.compile_s + (diagnosis.compile_s if diagnosis else 0.0)
         start_s = time.perf_counter() - started_s - compile_s
         collector.start({"start": start_s, "compile": compile_s, "restart": logger.removed_s})
         return finish_run(loop, corpus, loop.run_to_end(stop))
+
+
+def join_sites(
+    stack: contextlib.ExitStack, member: Membership | None, run: Run, corpus: Corpus
+) -> Rounds | None:
+    """Connects to the other sites until `stack` is closed; returns None without several sites.
+
+    Raises:
+        ValueError: sites.period is set, but the run has no place among sites.
+    """
+    if member is None:
+        check_sites_flags(run.cfg.sites.period, "", "")
+        return None
+    shardings = state_sharding_tree(run.model, run.optimizer, run.mesh)
+    identity = {"the data": corpus.fingerprint, "the program": describe_program()}
+    return stack.enter_context(
+        open_rounds(run.cfg, member, run.model.shapes, shardings, run.mesh, identity)
+    )
+
+
+def compile_steps(
+    run: Run, logger: RunLogger, stop: StopListener, first: int
+) -> tuple[Step, Step | None]:
+    """Compiles the step, and the diagnosis if the config asks for one."""
+    beat("compile", first)
+    stop.set_activity("compiling the step")
+    step = compile_step(run)
+    logger.note(f"compiled in {step.compile_s:.1f} s")
+    logger.write(first, {"perf/compile_time_s": step.compile_s})
+    diagnosis = compile_diagnosis(run) if run.cfg.diagnose_every else None
+    if diagnosis:
+        logger.note(f"diagnosis compiled in {diagnosis.compile_s:.1f} s")
+    return step, diagnosis
 
 
 @contextlib.contextmanager
@@ -212,7 +252,7 @@ def main() -> int:
         check_same_on_all_processes("the config", config_lib.start_hash(cfg))
         if world.processes > 1:
             check_same_on_all_processes("the code and its libraries", describe_program())
-        status = train(cfg, stop=stop)
+        status = train(cfg, stop=stop, member=read_membership(cfg, args.sites_file, args.site))
         if stop.signal and status and world.engine == "alone":  # a launcher restarts the run itself
             print(f"resume with:\n  {current_command()}", flush=True)
         return status
@@ -223,6 +263,8 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator", "", "host:port of process 0, with several processes")
     flags.DEFINE_integer("processes", 1, "processes of this run, over all hosts", lower_bound=1)
     flags.DEFINE_integer("process", 0, "index of this process", lower_bound=0)
+    flags.DEFINE_string("sites_file", "", "file that lists the sites of the job, with its key")
+    flags.DEFINE_string("site", "", "name of this site in --sites_file")
 
 
 def command(argv: list[str] | None = None, prog: str = "python -m jaxtrain.train") -> None:

@@ -1,3 +1,4 @@
+import gc
 import os
 
 import xla_flags
@@ -9,21 +10,25 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+# Tracing creates many objects, few of which are garbage: with Python's own thresholds a tenth of
+# the time to trace and lower the step of configs/debug.py goes into collections (jax 0.10.2).
+gc.set_threshold(100_000, 20, 20)
+
 # xdist distributes whole files in this order. If a long one came last, the other worker would idle.
 LONGEST = (
     "test_launch_engines.py",
     "test_train.py",
     "test_train_killed.py",
+    "test_kernels_audit.py",
+    "test_crosscheck_main.py",
+    "test_model_transformer.py",
     "test_benchmarks_gpu_training.py",
     "test_kernels_references.py",
-    "test_crosscheck_main.py",
     "test_crosscheck_optimizers.py",
     "test_crosscheck_rounding.py",
     "test_docs_find_a_fault.py",
-    "test_kernels_audit.py",
     "test_launch_run.py",
     "test_launch_sites.py",
-    "test_model_transformer.py",
     "test_planning_compiled.py",
     "test_plan.py",
     "test_optim_sharded_muon.py",
@@ -39,6 +44,7 @@ LONGEST = (
     "test_crosscheck_faults.py",
     "test_crosscheck_acceptance.py",
     "test_kernels_training.py",
+    "test_training_stragglers.py",
 )
 
 # Further files that take over 2 s. All others are the fast subset: python -m pytest -m fast
@@ -53,11 +59,12 @@ kernels_ampere kernels_key_blocks kernels_mosaic kernels_nonfinite kernels_query
 kernels_quiet kernels_validation model_activations
 launch_compare launch_follow
 launch_host_keeper launch_host_supervise launch_network launch_operate launch_prepare launch_ray
-launch_summary
+launch_summary metrics_stragglers
 metrics_mfu model_layer_kinds model_loss ops_fused ops_precision ops_routes optim_acceleration
 optim_build optim_build_restart optim_build_state optim_default_axes optim_diagnostics optim_lmo
 optim_muon optim_newton_schulz optim_noise optim_normuon optim_owners optim_precision optim_recipes
-optim_soap relay reporting_loss_curve reporting_run_logger study_scaling study_work track3
+optim_soap relay reporting_loss_curve reporting_run_logger sites_fragments sites_rounds
+study_scaling study_work track3
 train_run_directory train_together training_loop training_phases training_startup
 """
 SLOW_FILES = {*LONGEST, *(f"test_{name}.py" for name in SLOW.split())}
@@ -83,6 +90,10 @@ def pytest_configure(config):
         raise pytest.UsageError(
             f"-m gpu needs a GPU; got {jax.default_backend()}. Set JAX_PLATFORMS=cuda."
         )
+
+
+def pytest_collection_finish():
+    gc.freeze()  # a collection need not visit imported modules
 
 
 def pytest_collection_modifyitems(items):

@@ -47,7 +47,7 @@ def run_site(name: str, folder: str, size: int, streams: int, idle_s: float, a, 
             exchange.send(0, round_, {0: code}, 1, {})
             arrived = exchange.wait(0, round_, 200)
             assert arrived and len(arrived.codes[1 if name == "a" else 0][0]) == size
-            assert exchange.finish(60)
+            assert exchange.finish(200)
             rows.append([arrived.seconds, *arrived.payload_bytes, *arrived.wire_bytes])
             time.sleep(idle_s)
             if name == "a":

@@ -7,6 +7,7 @@ times the duration of the half. Source: Theil 1950 and Sen 1968, the Theil-Sen e
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -35,9 +36,10 @@ def growth(times_s: Sequence[float], values: Sequence[float]) -> float:
 
 
 def summarize(samples: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Returns, for each figure of a series of samples, its median, largest value and growth.
+    """Returns, for each figure of a series of samples, four numbers about its second half.
 
-    Median and growth are those of the second half.
+    They are the median, the lowest tenth (below which a tenth of the values are), the growth and,
+    of the whole series, the largest value.
 
     Args:
         samples: dicts of the same keys; "time_s" is the time.
@@ -48,6 +50,7 @@ def summarize(samples: Sequence[Mapping[str, float]]) -> dict[str, dict[str, flo
         values = [sample[name] for sample in samples]
         figures[name] = {
             "median": float(np.median(values[half:])),
+            "lowest_tenth": float(np.quantile(values[half:], 0.1)),
             "largest": max(values),
             "growth": growth(times_s, values),
         }
@@ -66,3 +69,25 @@ def leaks(figures: Mapping[str, Mapping[str, float]]) -> list[str]:
         if figure["growth"] >= limit:
             found.append(name)
     return found
+
+
+def judge(
+    samples_of: Mapping[str, Sequence[Mapping[str, float]]], required: Sequence[str]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Returns the figures of everything that was sampled, and what is wrong, in words.
+
+    What has fewer than LEAST_SAMPLES, such as a request that answers one question, is left out.
+
+    Args:
+        samples_of: {name: its samples}.
+        required: beginnings of names, each of which must be among the figures.
+    """
+    figures, problems = {}, []
+    for name, samples in samples_of.items():
+        if len(samples) >= LEAST_SAMPLES:
+            figures[name] = {"samples": len(samples), **summarize(samples)}
+            problems += [f"{name}: {leak} grow" for leak in leaks(summarize(samples))]
+    for name in required:
+        if not any(found.startswith(name) for found in figures):
+            problems.append(f"{name}: fewer than {LEAST_SAMPLES} samples")
+    return figures, problems

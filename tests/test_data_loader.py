@@ -47,10 +47,10 @@ def mesh_of(replica=1, fsdp=1, tensor=1):
     return build_mesh(MeshConfig(replica=replica, fsdp=fsdp, tensor=tensor), devices=devices)
 
 
-def read_batches(folder, steps, start=0, seed=3, mesh=None, **options):
+def read_batches(folder, steps, start=0, seed=3, mesh=None, site=(0, 1), **options):
     """Returns batches start..start+steps as NumPy arrays."""
     cfg, corpus = open_split(folder, **options)
-    with build_batches(cfg, corpus, mesh or mesh_of(), seed) as batches:
+    with build_batches(cfg, corpus, mesh or mesh_of(), seed, site) as batches:
         batches.restore(batches.state() | {"step": start})
         return [jax.tree.map(np.asarray, next(batches)) for _ in range(steps)]
 
@@ -63,6 +63,32 @@ def equal(a, b):
 
 
 KINDS = [{}, {"document_mask": True}, {"pack": True}]
+
+
+def test_the_batches_of_three_sites_are_together_those_of_one_site(folder):
+    steps = 8  # more than an epoch
+    rows = lambda batches: [tuple(row) for batch in batches for row in batch["tokens"]]
+    whole = rows(read_batches(folder, 3 * steps))
+    sites = [rows(read_batches(folder, steps, site=(k, 3))) for k in range(3)]
+    for n in range(0, steps * B, B):
+        together = [row for site in sites for row in site[n : n + B]]
+        assert Counter(together) == Counter(whole[3 * n : 3 * (n + B)])
+    assert read_batches(folder, 1, start=5, site=(1, 3))[0]["tokens"].shape == (B, T + 1)
+
+
+def test_a_site_does_not_resume_with_the_batches_of_another_site(folder):
+    cfg, corpus = open_split(folder)
+    states = {}
+    for site in ((0, 1), (0, 2), (1, 2)):
+        with build_batches(cfg, corpus, mesh_of(), 3, site) as batches:
+            states[site] = batches.state()
+    with build_batches(cfg, corpus, mesh_of(), 3, (1, 2)) as batches:
+        for other in ((0, 1), (0, 2)):
+            with pytest.raises(ValueError, match="now '1 of 2'"):
+                batches.restore(states[other])
+    del states[0, 1]["site"]  # as in the checkpoints of runs before there were sites
+    with build_batches(cfg, corpus, mesh_of(), 3) as batches:
+        batches.restore(states[0, 1])
 
 
 @pytest.mark.parametrize("options", KINDS)

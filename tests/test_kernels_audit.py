@@ -1,8 +1,10 @@
 """Compiles the kernels for chips that are not present.
 
-Each compilation runs in a new process, because JAX_PLATFORMS must be set before jax is imported.
+Each compilation runs in a process of its own, because JAX_PLATFORMS must be set before jax is
+imported.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -10,6 +12,7 @@ import sys
 from collections import Counter
 from importlib.util import find_spec
 
+import fork_server
 import jax
 import pytest
 
@@ -26,10 +29,17 @@ from pallas_kernels.targets import read_targets  # noqa: E402
 from pallas_kernels.tiles import MOSAIC, AttentionTiles  # noqa: E402
 
 
-def run_python(*argv, **env):
-    argv, env = [sys.executable, *argv], os.environ | env
+@pytest.fixture(scope="module")
+def server():
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
     env.pop("XLA_FLAGS", None)  # would compile at the tests' optimisation level 0
-    return subprocess.run(argv, capture_output=True, text=True, env=env, timeout=300, check=False)
+    with fork_server.ForkServer("pallas_kernels.audit", "jaxtrain.training.run", env=env) as server:
+        yield server
+
+
+@pytest.fixture
+def run_python(server, tmp_path):
+    return functools.partial(server.run, tmp_path)
 
 
 # All of attention, whose kernels differ by head width and documents; otherwise each kernel once.
@@ -41,8 +51,8 @@ audit.main()
 """
 
 
-def test_the_audit_passes_for_both_chips(tmp_path):
-    done = run_python("-c", AUDIT, f"--json={tmp_path}/audit.json", JAX_PLATFORMS="cpu")
+def test_the_audit_passes_for_both_chips(run_python, tmp_path):
+    done = run_python(AUDIT, f"--json={tmp_path}/audit.json")
     assert done.returncode == 0, done.stdout + done.stderr
     words = [line.split()[:2] for line in done.stdout.splitlines()]
     names = lambda body: {words_[0] for words_ in words if words_[1:] == [body]}
@@ -96,8 +106,10 @@ print(*compile_kernels(case.build_all, find_chip("a40"), FlashAttentionTiles(**f
 """
 
 
-def test_the_first_tiles_that_the_bench_tries_for_attention_on_an_a40_compile_without_spills():
-    done = run_python("-c", SHORTLISTED, JAX_PLATFORMS="cpu")
+def test_the_first_tiles_that_the_bench_tries_for_attention_on_an_a40_compile_without_spills(
+    run_python,
+):
+    done = run_python(SHORTLISTED)
     assert done.returncode == 0, done.stderr
     names = [f"flash_attention_{name}" for name in ("dkv", "dq_stored", "forward")]
     assert {*names} <= {*done.stdout.split()}
@@ -121,9 +133,9 @@ print(*compile_for(find_chip("h100"), scores, *operands)[1])
 
 
 @pytest.mark.skipif(not mosaic.USABLE, reason=mosaic.REASON)
-def test_mosaic_bodies_compile_at_every_size_that_they_accept():
+def test_mosaic_bodies_compile_at_every_size_that_they_accept(run_python):
     """The interpreter accepts sizes that Mosaic GPU does not compile."""
-    done = run_python("-c", RAGGED, JAX_PLATFORMS="cpu")
+    done = run_python(RAGGED)
     assert done.returncode == 0, done.stderr
     assert "head_scores" in done.stdout
 
@@ -150,9 +162,9 @@ print(sum("/flash_attention_forward/" in line for line in calls), len(calls))
 
 
 @pytest.mark.skipif(not mosaic.USABLE, reason=mosaic.REASON)
-def test_a_scan_that_saves_attentions_result_calls_the_kernel_once():
+def test_a_scan_that_saves_attentions_result_calls_the_kernel_once(run_python):
     """XLA moves a call into the fusion that stores its result, and once kept the call besides."""
-    done = run_python("-c", SCANNED, JAX_PLATFORMS="cpu")
+    done = run_python(SCANNED)
     assert done.returncode == 0, done.stderr
     forward, calls = map(int, done.stdout.split())
     assert forward == 1 and calls >= 3
@@ -232,19 +244,21 @@ compile_for(find_chip("a40"), lambda x: symmetric(x, tiles=one_warp), x)
 """
 
 
-def test_a_kernel_that_spills_does_not_compile():
-    done = run_python("-c", SPILLING, JAX_PLATFORMS="cpu")
+def test_a_kernel_that_spills_does_not_compile(run_python):
+    done = run_python(SPILLING)
     assert done.returncode != 0
     assert "register spilling" in done.stderr
 
 
-def test_there_is_a_kernel_wherever_xla_moves_unnecessary_bytes_and_nowhere_else():
-    done = run_python("-m", "pallas_kernels.traffic", "--chip=a40", JAX_PLATFORMS="cpu")
+def test_there_is_a_kernel_wherever_xla_moves_unnecessary_bytes_and_nowhere_else(run_python):
+    done = run_python("from pallas_kernels import traffic; traffic.main()", "--chip=a40")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(" yes\n") == 4 and done.stdout.count(" no\n") == 6
 
 
 STEP = """
+import os
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # code of XLA's own is not checked
 import re
 import jax
 from configs import debug
@@ -272,9 +286,9 @@ print([1.5 * 4 * 8 * 2 * 16 * visible_pairs(32, 32, 8)])  # of one layer: B, H, 
 """
 
 
-def test_a_strict_train_step_compiled_for_an_a40_contains_all_fused_kernels():
+def test_a_strict_train_step_compiled_for_an_a40_contains_all_fused_kernels(run_python):
     """compile_step raises if a forward kernel is missing; this test also checks the backward's."""
-    done = run_python("-c", STEP, JAX_PLATFORMS="cpu")
+    done = run_python(STEP)
     assert done.returncode == 0, done.stderr
     routes, counted, flops, visible = done.stdout.splitlines()
     assert routes.count("fused:sm_86") == 4 and "flash:sm_86" in routes
@@ -284,7 +298,9 @@ def test_a_strict_train_step_compiled_for_an_a40_contains_all_fused_kernels():
 
 
 def test_without_jax_platforms_the_error_shows_the_command_that_works():
-    done = run_python("-m", "pallas_kernels.audit", "--chip=a40", JAX_PLATFORMS="")
+    argv = [sys.executable, "-m", "pallas_kernels.audit", "--chip=a40"]
+    env = os.environ | {"JAX_PLATFORMS": ""}
+    done = subprocess.run(argv, capture_output=True, text=True, env=env, timeout=300, check=False)
     assert done.returncode == 1
     assert "JAX_PLATFORMS=cpu" in done.stderr.splitlines()[-1]
 
@@ -293,19 +309,17 @@ def test_bytes_that_are_not_an_executable_contain_no_kernels():
     assert find_cubins(b"nothing in here") == []
 
 
-def test_without_tokamax_the_audit_says_that_it_compares_nothing():
+def test_without_tokamax_the_audit_says_that_it_compares_nothing(run_python):
     code = "import sys; sys.modules['tokamax'] = None\n"  # as if it was not installed
     code += "from pallas_kernels import audit_peers\nfrom pallas_kernels.chip import find_chip\n"
-    done = run_python("-c", f"{code}audit_peers.survey_peers(find_chip('a40'))")
+    done = run_python(f"{code}audit_peers.survey_peers(find_chip('a40'))")
     assert done.stdout == "tokamax is not installed, so its kernels are not compared\n", done.stderr
 
 
 @pytest.mark.skipif(find_spec("tokamax") is None, reason="tokamax is not installed")
-def test_tokamaxs_inner_loops_are_modelled():
+def test_tokamaxs_inner_loops_are_modelled(run_python):
     code = "from pallas_kernels import audit_peers\nfrom pallas_kernels.chip import find_chip\n"
     code += "audit_peers.SIZES = ((1, 512, 4, 2, 128),)\n"
-    done = run_python(
-        "-c", f"{code}audit_peers.survey_peers(find_chip('h100'))", JAX_PLATFORMS="cpu"
-    )
+    done = run_python(f"{code}audit_peers.survey_peers(find_chip('h100'))")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("TFLOP/s overlapped") >= 2, done.stdout

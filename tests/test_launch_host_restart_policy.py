@@ -286,6 +286,9 @@ def test_a_short_stop_by_a_signal_is_waited_for_and_a_long_one_is_the_cause(froz
         scenario.advance(4)
         cause = "stopped by a signal (state T) for over 20 s (--stopped_s)"
         assert set(scenario.causes()) == {f"ROOT CAUSE h1 rank 1 at step 5: {cause}"}
+        scenario.ranks = {i: {} for i in range(3)}
+        assert scenario.advance(8)["do"] == "run"  # its rank is another process
+        assert not [line for line in scenario.log if "goes on" in line]
         return
     for second in (1, 2, 3):  # the first step after it takes some time
         scenario.ranks = {i: {"age_s": float(frozen_s + second)} for i in range(3)}

@@ -44,6 +44,20 @@ def test_a_leak_is_found_though_it_is_slow_and_the_series_varies(figure, values)
     assert leaks(**{figure: values}) == [figure]
 
 
+def test_a_report_names_what_leaks_and_what_was_sampled_too_rarely():
+    samples_of = {
+        "h0 rank, pid 1": sample_series(files=lambda i: i, threads=lambda i: 9),
+        "h0 keeper, pid 2": sample_series(files=lambda i: 1)[:19],
+        "operator": sample_series(status_s=lambda i: 0.1 * i),
+    }
+    figures, problems = soak_trends.judge(samples_of, ["h0 rank", "h0 keeper", "h1 rank"])
+    assert figures.keys() == {"h0 rank, pid 1", "operator"}
+    assert figures["operator"]["samples"] == SAMPLES
+    assert problems == ["h0 rank, pid 1: files grow"] + [
+        f"{name}: fewer than 20 samples" for name in ("h0 keeper", "h1 rank")
+    ]
+
+
 def test_a_series_that_is_too_short_is_refused():
     with pytest.raises(ValueError, match="needs 20 samples; got 19"):
         soak_trends.summarize(sample_series(files=lambda i: 1)[:19])

@@ -9,11 +9,12 @@ import threading
 import time
 
 import pytest
-from sites_scene import Proxy, Scene, wait_until
+from sites_scene import KEY, Proxy, Scene, free_ports, wait_until
 
 from jaxtrain.sites import channel, inbox, mailbox
-from jaxtrain.sites.exchange import Disagreement, PeerRefused, SiteLeftOut
+from jaxtrain.sites.exchange import Disagreement, Exchange, PeerRefused, SiteLeftOut
 from jaxtrain.sites.frames import CHUNK_BYTES
+from jaxtrain.sites.layout import Address, Site, SitesFile
 from jaxtrain.sites.stream import choose_streams
 
 LARGE = 5 * CHUNK_BYTES + 17
@@ -30,6 +31,16 @@ def scene(tmp_path):
 def large(tmp_path):
     with Scene(tmp_path, LARGE_BLOCKS) as scene:
         yield scene
+
+
+@pytest.fixture
+def writes(monkeypatch):
+    """Returns the list of all chunks that arrive."""
+    writes = []
+    write = mailbox.Incoming.write
+    spy = lambda self, i, data: (writes.append(i), write(self, i, data))[1]
+    monkeypatch.setattr(mailbox.Incoming, "write", spy)
+    return writes
 
 
 def _exchange_one(a, b, code_a, code_b, round_=0):
@@ -86,13 +97,7 @@ def test_chunks_in_any_order_and_twice_give_the_same_file(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["cut_at", "damage_at"])
-def test_only_missing_chunks_are_sent_again_after_a_cut_or_a_damaged_byte(
-    large, monkeypatch, fault
-):
-    writes = []
-    write = mailbox.Incoming.write
-    spy = lambda self, i, data: (writes.append(i), write(self, i, data))[1]
-    monkeypatch.setattr(mailbox.Incoming, "write", spy)
+def test_only_missing_chunks_are_sent_again_after_a_cut_or_a_damaged_byte(large, writes, fault):
     with Proxy(large.ports["a"], **{fault: LARGE // 2}) as proxy:
         a, b = large.start("a"), large.start("b", {"a": proxy.port})
         code = os.urandom(LARGE)
@@ -103,21 +108,6 @@ def test_only_missing_chunks_are_sent_again_after_a_cut_or_a_damaged_byte(
         assert proxy.events == [fault.removesuffix("_at")]
         assert b.channels[0].wire_bytes()[0] > LARGE  # those of the broken connections included
     assert sorted(writes) == list(range(6))  # each chunk arrived once
-
-
-def test_extra_connections_exist_only_while_there_is_much_to_send(large, monkeypatch):
-    monkeypatch.setattr(channel, "IDLE_S", 0.1)
-    monkeypatch.setattr(channel, "MANY_CHUNKS", 1)
-    with Proxy(large.ports["a"], bytes_s=3 << 20) as proxy:
-        a, b = large.start("a"), large.start("b", {"a": proxy.port}, streams=3)
-        _exchange_one(a, b, b"small", b"small")
-        connections = lambda exchange: len(exchange.channels[0].streams)
-        assert wait_until(lambda: connections(a) == connections(b) == 1)
-        for round_ in range(1, 4):
-            b.send(0, round_, {0: os.urandom(LARGE)}, 1, {})
-        assert wait_until(lambda: connections(b) == 3)
-        assert a.wait(0, 3, 10)
-        assert wait_until(lambda: connections(a) == connections(b) == 1)
 
 
 def test_the_number_of_connections_follows_from_the_round_trip_time():
@@ -222,11 +212,8 @@ import os, signal, sys
 from pathlib import Path
 sys.path[:0] = [sys.argv[1]]
 import sites_scene
-from jaxtrain.sites import inbox
-pack = inbox.pack
-inbox.pack = lambda kind, body: (
-    os.kill(os.getpid(), signal.SIGKILL) if kind == inbox.STORED else pack(kind, body)
-)
+from jaxtrain.sites import mailbox
+mailbox.Mailbox.record = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 scene = sites_scene.Scene(Path(sys.argv[2]))
 scene.ports = {"a": int(sys.argv[3]), "b": int(sys.argv[4])}
 scene.start("b").wait(0, 0, 30)
@@ -244,6 +231,7 @@ def test_a_kill_between_storing_and_acknowledging_neither_loses_nor_repeats_a_co
     b = scene.start("b")
     assert b.poll(0, 0).codes == {0: {0: b"code"}}  # from its own disk
     assert a.finish(10)
+    assert '["a", 0, "code", 0, 0,' in (scene.folder / "b" / "0" / "received.jsonl").read_text()
 
 
 def test_closing_while_sending_ends_all_threads_and_leaves_no_unfinished_file(large):
@@ -257,6 +245,22 @@ def test_closing_while_sending_ends_all_threads_and_leaves_no_unfinished_file(la
         assert time.monotonic() - start_s < 4
     assert large.files("a") == set() and large.files("b") == {"sent-a-0-code-0-0"}
     assert not [t for t in threading.enumerate() if t.name.startswith("sites-")]
+
+
+def test_a_process_exchanges_with_every_process_of_a_site_that_owns_its_blocks(tmp_path):
+    ports = iter(free_ports(3))
+    processes = lambda count: tuple(Address("127.0.0.1", next(ports)) for _ in range(count))
+    sites = SitesFile("j-1", KEY, (Site("a", processes(1)), Site("b", processes(2))))
+    start = lambda name, p: Exchange(sites, name, p, (5,), {}, tmp_path / name, list().append)
+    with start("a", 0) as a, start("b", 0) as b0, start("b", 1) as b1:
+        assert [link.ranges[0] for link in a.links] == [range(2), range(2, 5)]
+        a.send(0, 0, {0: b"to b0", 1: b"to b1"}, 1, {})
+        b0.send(0, 0, {0: b"of b0"}, 2, {})
+        assert b0.wait(0, 0, 10).codes == {0: {0: b"to b0"}}
+        assert b1.wait(0, 0, 10).codes == {0: {0: b"to b1"}}
+        assert a.wait(0, 0, 0.1) is None and a.missing(0, 0) == (1,)
+        b1.send(0, 0, {0: b"of b1"}, 2, {})
+        assert a.wait(0, 0, 10).codes == {1: {0: b"of b0", 1: b"of b1"}}
 
 
 def test_site_zero_decides_who_takes_part_and_a_site_left_out_learns_it(tmp_path):

@@ -240,6 +240,7 @@ def test_two_processes_train_as_one_and_one_process_resumes_their_run(tmp_path, 
     """Their mesh of 4 devices agrees with a run on one device, and a mesh of 2 resumes."""
     values = dict(steps=10, save_every=10, sample__tokens=0, mesh__fsdp=2, mesh__tensor=2)
     values |= dict(optim__total_steps=40, optim__ns_dtype="float32", compile_cache="")
+    values |= dict(measure__straggler_every=2, measure__straggler_cost=1e3)
     flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in values.items()]
     folder = tmp_path / "pair"
     processes = [
@@ -250,6 +251,9 @@ def test_two_processes_train_as_one_and_one_process_resumes_their_run(tmp_path, 
     two, one = dict(runs.losses(folder)), dict(runs.losses(trained)[:10])
     assert list(two) == list(one) == list(range(1, 11))
     assert all(two[n] == pytest.approx(one[n], rel=1e-5) for n in one)
+    for i in range(2):
+        lines = runs.read_metrics(folder / f"hosts/{i}.jsonl")
+        assert [line["step"] for line in lines if line.get("event") == "probe"] == [2, 4, 6, 8, 10]
     longer = config(folder, text, **values | dict(steps=15, mesh__tensor=1))
     train(longer, jax.devices()[:2], quiet=True)
     assert dict(runs.losses(folder)) == pytest.approx(dict(runs.losses(trained)[:15]), rel=1e-5)

@@ -36,6 +36,7 @@ def test_a_run_killed_and_then_preempted_has_the_losses_of_an_uninterrupted_run(
 
 def config(folder, name):
     values = dict(steps=8, eval_every=4, eval_tokens=0, save_every=100, sample__tokens=0)
+    values |= dict(optim__name="adamw")  # compiles fastest
     return runs.debug_config(folder / name, folder / "text.txt", **values)
 
 
@@ -93,7 +94,7 @@ def test_a_signal_to_one_of_two_processes_interrupts_the_evaluation_of_both(tmp_
     text = runs.write_text(tmp_path)
     text.write_text(text.read_text() * 100)
     flags = ["--config.eval_tokens=0", "--config.steps=1000", "--config.eval_every=3"]
-    flags += ["--config.sample.tokens=0"]
+    flags += ["--config.sample.tokens=0", "--config.optim.name=adamw"]
     pair = []
     for i, own in enumerate(runs.flags_of_processes(2)):
         monkeypatch.setenv("JAXTRAIN_BEAT", str(tmp_path / f"beats{i}"))

@@ -27,6 +27,7 @@ from jaxtrain.errors import CheckpointError
 
 FORMAT = 1  # of the record; in every format sha256 covers all other fields
 GOLDEN = 0x9E3779B9  # 2^32 / golden ratio
+OPTIONAL = "sites."  # prefix of leaves that only a run on several sites restores
 
 
 def compute_digests(arrays: Iterable[jax.Array]) -> list[str]:
@@ -73,6 +74,7 @@ def _jitted_digests(mesh: Mesh | None):
     return jax.jit(lambda arrays: jnp.stack([_digest(x) for x in arrays]), out_shardings=replicated)
 
 
+@jax.jit  # so that leaves of the same type and shape are traced once
 def _digest(x: jax.Array) -> jax.Array:
     """Computes the digest of [...] as uint32 [2], without temporaries of the array's size."""
     position = jnp.zeros(x.shape, jnp.uint32)  # in the whole array, row-major
@@ -191,8 +193,16 @@ def check_format(record: dict[str, Any]) -> None:
 
 
 def check_template(record: dict[str, Any], template: dict[str, Any]) -> None:
-    """Raises ValueError unless record and template have equal leaves: path, dtype and shape."""
-    stored = {path: leaf["type"] for path, leaf in record["leaves"].items()}
+    """Raises ValueError unless record and template have equal leaves: path, dtype and shape.
+
+    The record may also have leaves named `sites.`, for a reader that needs the weights only.
+    """
+    optional = () if any(path.startswith(OPTIONAL) for path in template) else OPTIONAL
+    stored = {
+        path: leaf["type"]
+        for path, leaf in record["leaves"].items()
+        if not optional or not path.startswith(optional)
+    }
     expected = {path: describe_array(leaf) for path, leaf in template.items()}
     different = [
         f"{path}: stored {stored.get(path, 'nothing')}, expected {expected.get(path, 'nothing')}"

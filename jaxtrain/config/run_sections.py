@@ -76,3 +76,48 @@ class ExportConfig(Section):
     address: str = knob(
         "127.0.0.1", "address that export.port listens on; 0.0.0.0 is every network"
     )
+
+
+@dataclass(frozen=True)
+class SitesConfig(Section):
+    """Training on several sites that exchange their changes of the weights now and then."""
+
+    PREFIX = "sites."
+
+    period: int = knob(
+        0,
+        "steps from one exchange with the other sites to the next; needs --sites_file and --site; "
+        "0 trains on this site only",
+        unit="steps",
+        low=0,
+    )
+    codec: str = knob(
+        "float32",
+        "code of what is exchanged: 32, 16, 8.1, 4.3 or 2.1 bits a parameter",
+        choices=("float32", "bf16", "int8", "int4", "int2"),
+    )
+    fragments: int = knob(
+        1, "parts of the model that are exchanged at different times of a period", low=1
+    )
+    delay: int = knob(
+        0,
+        "steps from the start of an exchange to its use, during which it is hidden; 0 waits for it",
+        unit="steps",
+        low=0,
+    )
+    rate: float = knob(
+        0.7, "factor of the sites' mean change; 1, without momentum, averages weights", low=0.0
+    )
+    momentum: float = knob(0.6, "Nesterov momentum of these changes", low=0.0, high=0.9999)
+    error_decay: float = knob(
+        0.95,
+        "share of what a code has lost that is added to the next exchange; unused with float32",
+        low=0.0,
+        high=1.0,
+    )
+    grace: int = knob(
+        2,
+        "periods to train on if a delayed exchange is late, before waiting for it",
+        unit="periods",
+        low=0,
+    )

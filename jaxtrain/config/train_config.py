@@ -24,6 +24,7 @@ from jaxtrain.config.run_sections import (
     MeshConfig,
     ProfileConfig,
     SampleConfig,
+    SitesConfig,
 )
 from jaxtrain.config.sections import (
     NORM_PRESERVING,
@@ -34,7 +35,16 @@ from jaxtrain.config.sections import (
 )
 
 NOT_MATRICES = ("embed", "positions", "head")  # names in model.init_std that are no hidden matrices
-MAX_FIELDS = 145  # a test enforces it
+MAX_FIELDS = 153  # a test enforces it
+# Fields, or sections, that may differ between the sites of a job: those of one machine, and numbers
+# of steps, because a faster site takes more of them in the same time.
+SITE_FIELDS = (
+    *("steps", "accumulation", "data.batch", "data.prefetch", "mesh.", "kernels.", "strict"),
+    *("model.attention", "optim.total_steps", "optim.warmup_steps", "sites.period", "sites.delay"),
+    *("log_every", "eval_every", "eval_from", "eval_tokens", "save_every", "keep_last"),
+    *("keep_every", "diagnose_every", "max_bad_steps", "checkpoint.", "sample.", "measure."),
+    *("profile.", "export.", "workdir", "compile_cache", "deterministic", "weights"),
+)
 SectionType = TypeVar("SectionType", bound=Section)
 
 
@@ -105,6 +115,7 @@ class TrainConfig(Section):
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    sites: SitesConfig = field(default_factory=SitesConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
@@ -145,6 +156,24 @@ class TrainConfig(Section):
         for name in ("replica", "fsdp", "tensor"):
             if getattr(self.mesh, name) == 0:
                 self.mesh.fail(name, "must be positive or -1")
+        if self.sites.period:
+            self._check_sites()
+
+    def _check_sites(self) -> None:
+        """Raises ValueError if several sites could not train together with this config."""
+        sites, optim = self.sites, self.optim
+        if self.steps % sites.period:
+            sites.fail("period", f"must divide steps={self.steps}")
+        if sites.fragments > sites.period:
+            sites.fail("fragments", f"must be at most sites.period={sites.period}")
+        if sites.delay >= sites.period:
+            sites.fail("delay", f"must be below sites.period={sites.period}")
+        if optim.tail_average:
+            optim.fail("tail_average", "must be 0 with sites.period, as it would differ by site")
+        if optim.name == "muown":  # its state repeats the rows' lengths
+            optim.fail("name", "must not be muown with sites.period, as it stores lengths of rows")
+        if self.model.dtype == "float64":
+            self.model.fail("dtype", "must not be float64 with sites.period: sites send float32")
 
 
 def to_config_dict(config: TrainConfig) -> ConfigDict:
@@ -221,12 +250,21 @@ def config_hash(config: TrainConfig) -> str:
 
     Fields that set where results are written, or what is measured, are left out.
     """
-    return _hash(config, "checkpoint.storage", "measure.", "profile.", "export.")
+    # Without several sites, the hash is what it was before there were any.
+    sites = () if config.sites.period else ("sites.",)
+    return _hash(config, "checkpoint.storage", "measure.", "profile.", "export.", *sites)
 
 
 def start_hash(config: TrainConfig) -> str:
     """Returns 12 hex digits of all fields that must be equal on every process of a run."""
     return _hash(config)
+
+
+def shared_fields(config: TrainConfig) -> dict[str, str]:
+    """Returns {field: value} of all that must be equal at all sites of a job."""
+    fields = {k: v for k, v in flatten(config).items() if not k.startswith(SITE_FIELDS)}
+    fields["steps / sites.period"] = config.steps // config.sites.period
+    return {name: json.dumps(value) for name, value in fields.items()}
 
 
 def _hash(config: TrainConfig, *without: str) -> str:

@@ -2,8 +2,11 @@
 
 Batch n is a pure function of (corpus fingerprint, seed, n), whatever the number of processes. All
 epochs form one endless list of sequences, each epoch in its own shuffled order; batch n holds the
-entries n * B to (n + 1) * B - 1. A process reads only the sequences that its devices hold. Grain
-reads ahead in threads; the only state is n, so a checkpoint stores n and the identity of the data.
+entries n * B to (n + 1) * B - 1. Of S sites, site k takes the entries k, k + S, k + 2S, ... of that
+list instead: no two sites read the same entry, whatever their batch sizes, and the batches n of
+sites with equal ones are together batch n of one run with S * B sequences. A process reads only the
+sequences that its devices hold. Grain reads ahead in threads; the only state is n, so a checkpoint
+stores n and the identity of the data.
 """
 
 import sys
@@ -30,6 +33,7 @@ STATE_FLAGS = {
     "pack": "data.pack",
     "eot": "data.eot",
     "boundaries": "data.shards",
+    "site": "site",
 }
 
 
@@ -37,7 +41,13 @@ class BatchSource:
     """Grain's data source: item n is this process's part of batch n, as NumPy arrays."""
 
     def __init__(
-        self, sequences: Sequences, batch: int, seed: int, places: np.ndarray, with_docs: bool
+        self,
+        sequences: Sequences,
+        batch: int,
+        seed: int,
+        places: np.ndarray,
+        with_docs: bool,
+        site: tuple[int, int] = (0, 1),
     ):
         """Stores what defines the batches.
 
@@ -45,16 +55,18 @@ class BatchSource:
             batch: sequences in a batch, over all processes.
             places: indices in 0..batch-1 of those that this process reads, ascending.
             with_docs: whether document ids are read too.
+            site: index of this site, and number of sites.
         """
+        self._site, self._sites = site
         self._sequences, self._batch, self._seed = sequences, batch, seed
         self._places, self._with_docs = places, with_docs
         self._block = (-1, np.empty(0, np.int64))
 
     def __len__(self) -> int:
-        return sys.maxsize // self._batch  # endless, but Grain requires a length
+        return sys.maxsize // self._batch // self._sites  # endless, but Grain requires a length
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        positions = index * self._batch + self._places
+        positions = (index * self._batch + self._places) * self._sites + self._site
         return self._sequences.read(self._shuffled(positions), self._with_docs)
 
     def _shuffled(self, positions: np.ndarray) -> np.ndarray:
@@ -115,7 +127,9 @@ class Batches:
     [B,T]; `sequences.py` describes them.
     """
 
-    def __init__(self, cfg: DataConfig, corpus: Corpus, mesh: Mesh, seed: int):
+    def __init__(
+        self, cfg: DataConfig, corpus: Corpus, mesh: Mesh, seed: int, site: tuple[int, int] = (0, 1)
+    ):
         self._placer = BatchPlacer(cfg.batch, mesh)
         sequences = (PackedSequences if cfg.pack else WindowSequences)(corpus, cfg.seq_len)
         if len(sequences) < cfg.batch:
@@ -126,7 +140,7 @@ class Batches:
                 "--data.seq_len."
             )
         with_docs = cfg.pack or cfg.document_mask
-        source = BatchSource(sequences, cfg.batch, seed, self._placer.places, with_docs)
+        source = BatchSource(sequences, cfg.batch, seed, self._placer.places, with_docs, site)
         threads = min(cfg.prefetch, 16)  # more threads do not hide more of a slow disk's latency
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=cfg.prefetch)
         self._reader = iter(grain.MapDataset.source(source).to_iter_dataset(options))
@@ -138,6 +152,7 @@ class Batches:
             "pack": cfg.pack,
             "eot": corpus.eot if with_docs else None,
             "boundaries": corpus.boundaries_fingerprint() if with_docs else None,
+            "site": f"{site[0]} of {site[1]}" if site[1] > 1 else None,
         }
         self.step = 0  # batches returned so far, hence the number of the next one
         self.sequences_per_epoch = len(sequences)
@@ -226,8 +241,13 @@ class EvalBatches:
             yield self._placer.place(batch)
 
 
-def build_batches(cfg: DataConfig, corpus: Corpus, mesh: Mesh, seed: int) -> Batches:
+def build_batches(
+    cfg: DataConfig, corpus: Corpus, mesh: Mesh, seed: int, site: tuple[int, int] = (0, 1)
+) -> Batches:
     """Returns the training batches from step 0 on, shuffled by `seed`.
+
+    Args:
+        site: index of this site, and number of sites; their batches are disjoint.
 
     Raises:
         ValueError: the corpus is smaller than a batch, or data.pack or data.document_mask is set
@@ -235,7 +255,7 @@ def build_batches(cfg: DataConfig, corpus: Corpus, mesh: Mesh, seed: int) -> Bat
     """
     if cfg.pack or cfg.document_mask:
         check_boundaries(corpus)
-    return Batches(cfg, corpus, mesh, seed)
+    return Batches(cfg, corpus, mesh, seed, site)
 
 
 def build_eval_batches(cfg: DataConfig, corpus: Corpus, mesh: Mesh) -> EvalBatches:

@@ -43,7 +43,7 @@ class Heartbeat:
         """Writes a beat.
 
         Args:
-            phase: start, compile, train, eval, save or end.
+            phase: start, compile, train, sites, eval, save or end.
             step: the newest step that has begun; None if that has not changed.
         """
         if not self._path:

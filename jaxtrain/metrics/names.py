@@ -7,7 +7,7 @@ word of a fixed set.
 
 import re
 
-CAUSES = ("save", "eval", "data", "diagnosis", "sample", "phases", "probe", "profile")
+CAUSES = ("save", "eval", "data", "diagnosis", "sample", "phases", "probe", "profile", "sites")
 OWN = ("compute", "data", "host")  # what a rank may be slow in
 COLLECTIVES = (
     "all_reduce",
@@ -45,6 +45,12 @@ MEASURED = {
     "comm/overhead": "bytes sent over the payload that a host must send, minus 1",
     "comm/algbw_bytes_per_s": "payload of the gradient exchange over its own time",
     "comm/busbw_bytes_per_s": "bytes that a device must send for the exchange, over its own time",
+    "sites/round": "number of the newest exchange with the other sites that was applied",
+    "sites/round_s": "time from sending this site's code until all codes had come",
+    "sites/waited_s": "time for which training waited for the other sites",
+    "sites/age_steps": "steps from the start of the exchange to its application",
+    "sites/payload_bytes": "codes sent and received in an exchange, by all processes of this site",
+    "sites/wire_bytes": "all bytes sent and received for it, with headers and retransmissions",
 }
 _WORDS = {"cause": CAUSES, "own": OWN, "phase": PHASES, "collective": COLLECTIVES}
 PREFIX = "jaxtrain_"

@@ -45,9 +45,9 @@ class StragglerRule:
         self._logs = deque(maxlen=WINDOW)
 
     def add(self, values_RK: np.ndarray) -> None:
-        """Takes the values of one probe, all positive, and judges the ranks anew.
+        """Takes the values of one probe, all positive, and updates is_slow_RK and ratios_RK.
 
-        Nobody is named before there are WINDOW probes.
+        No rank is slow before there are WINDOW probes.
         """
         self._logs.append(np.log(values_RK))
         logs_PRK = np.stack(self._logs)

@@ -45,6 +45,11 @@ class TransportState(NamedTuple):
         """Describes the evaluated weights."""
         return inner.replace(PARAMETERS, ITERATE)
 
+    def settled(self) -> "TransportState":
+        """Returns the state whose query point is its iterate."""
+        zeros = jax.tree.map(jnp.zeros_like, self.offset)
+        return self._replace(inner=settle(self.inner), offset=zeros)
+
 
 class LookaheadState(NamedTuple):
     count: jax.Array  # int32 [], good steps
@@ -60,6 +65,11 @@ class LookaheadState(NamedTuple):
     def describe(self, inner: str) -> str:
         """Describes the evaluated weights."""
         return inner.replace(PARAMETERS, ITERATE)
+
+    def settled(self) -> "LookaheadState":
+        """Returns the state whose query point is its iterate."""
+        zeros = jax.tree.map(jnp.zeros_like, self.displacement)
+        return self._replace(inner=settle(self.inner), displacement=zeros)
 
 
 def _is_wrapper(node):
@@ -273,3 +283,9 @@ def eval_params(opt_state: optax.OptState, params: ArrayTree) -> ArrayTree:
         if _is_wrapper(node):
             params = arrays(node).evaluated(arrays(params))
     return params
+
+
+def settle(opt_state: optax.OptState) -> optax.OptState:
+    """Returns the state in which the parameters are the weights that eval_params returns."""
+    settled = lambda node: node.settled() if _is_wrapper(node) else node
+    return jax.tree.map(settled, opt_state, is_leaf=_is_wrapper)

@@ -180,6 +180,16 @@ def format_duration(seconds: float) -> str:
     return f"{h}:{m:02}:{s:02}" if h else f"{m}:{s:02}"
 
 
+def describe_time_left(steps: int, step_s: float) -> str:
+    """Returns a line on how long further steps take; "" if it is less than 10 s."""
+    if step_s * steps < 10:
+        return ""
+    return (
+        f"about {format_duration(step_s * steps)} for {steps:,} more steps of "
+        f"{format_seconds(step_s)}, without evaluations and saves"
+    )
+
+
 class _LineHandler(std_logging.StreamHandler):
     """Writes log lines to stderr, above the bar if there is one."""
 

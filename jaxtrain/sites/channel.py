@@ -27,8 +27,6 @@ from jaxtrain.sites.outbox import Outbox
 from jaxtrain.sites.stream import Stream
 
 PING_S = 5.0  # an idle stream sends a byte this often
-MANY_CHUNKS = 4  # a message of 1 MiB or more uses the extra streams
-IDLE_S = 2.0  # extra streams are closed if nothing is sent or arrives for so long
 SILENT_S = 20.0  # a stream without a byte for so long is closed: its link drops packets silently
 
 
@@ -53,7 +51,6 @@ class Channel:
         self.inbox = Inbox(link, peer, owner, self._answer)
         self.answers: deque[bytes] = deque()  # frames that go before all others
         self._closed_wire = (0, 0)
-        self._changed = asyncio.Event()
 
     def __str__(self) -> str:
         return f"process {self.peer[1]} of site {self.peer[0]}"
@@ -62,7 +59,6 @@ class Channel:
         """Starts to send a message."""
         self.outbox.add(message, content)
         self._wake()
-        self._changed.set()
 
     def note_on_disk(self, key: Key) -> None:
         """Records that this process has written a message to disk."""
@@ -73,12 +69,6 @@ class Channel:
         """Returns the (sent, received) bytes of all streams that this link ever had."""
         counts = [self._closed_wire, *(stream.wire_bytes() for stream in tuple(self.streams))]
         return sum(sent for sent, _ in counts), sum(received for _, received in counts)
-
-    async def busy(self) -> None:
-        """Waits until there is so much to send or to receive that extra streams help."""
-        while self.outbox.chunks_to_send() + self.inbox.chunks_to_come() < MANY_CHUNKS:
-            self._changed.clear()
-            await self._changed.wait()
 
     async def run(self, stream: Stream) -> None:
         """Sends and receives over a stream until it ends.
@@ -117,21 +107,10 @@ class Channel:
         self._wake()
 
     async def _watch(self, stream: Stream) -> None:
-        """Ends a stream that drops packets, and an extra one that is idle; pings over the others.
-
-        The congestion control of an idle connection forgets the link's rate: with BBR a burst that
-        follows some small packets took 15.8 s instead of 0.8 s (4 MB at 150 ms). A new connection
-        finds the rate within a second.
-        """
-        used_s = time.monotonic()
         while True:
-            await asyncio.sleep(min(PING_S, IDLE_S) if stream.extra else PING_S)
+            await asyncio.sleep(PING_S)
             if (silent_s := stream.silent_s()) > SILENT_S:
                 raise TimeoutError(f"nothing arrived for {silent_s:.0f} s")
-            if self.outbox.chunks_to_send() or self.inbox.chunks_to_come():
-                used_s = time.monotonic()
-            if stream.extra and time.monotonic() - used_s >= IDLE_S:
-                return
             stream.ping_due = True
             stream.wake.set()
 
@@ -143,9 +122,7 @@ class Channel:
             elif stream.ping_due:
                 stream.ping_due, frame = False, pack(PING, None)
             else:
-                # The first stream leaves chunks to the extra ones, which know the link's rate.
-                with_chunks = stream.extra or not any(other.extra for other in self.streams)
-                frame = self.outbox.next_frame(stream, with_chunks)
+                frame = self.outbox.next_frame(stream)
             if frame is None:
                 await stream.wake.wait()
             else:
@@ -160,11 +137,9 @@ class Channel:
                 self.inbox.on_chunk(body)
             elif kind == OFFER:
                 self.inbox.on_offer(body)
-                self._changed.set()
             elif kind == HAVE:
                 self.outbox.on_have(body, self.streams)
                 self._wake()
-                self._changed.set()
             elif kind == STORED:
                 try:
                     self.outbox.on_stored(body)

@@ -17,7 +17,7 @@ from typing import Any
 
 from jaxtrain.sites.channel import Channel
 from jaxtrain.sites.errors import PeerRefused
-from jaxtrain.sites.frames import CHUNK_BYTES, BadFrame
+from jaxtrain.sites.frames import BadFrame
 from jaxtrain.sites.greeting import HELLO_S, Greeter
 from jaxtrain.sites.layout import Address
 from jaxtrain.sites.stream import (
@@ -119,10 +119,10 @@ class Connections:
             return
         channel = None
         try:
-            channel, extra = await self._greeter.greet(reader, writer)
+            channel = await self._greeter.greet(reader, writer)
             self._known_hosts.add(host)
             waiting.pop(asyncio.current_task(), None)
-            await self._run(channel, Stream(reader, writer, extra))
+            await self._run(channel, Stream(reader, writer))
         except (OSError, EOFError, BadFrame) as error:
             self._explain(channel, error) if channel else self._refuse(host, error)
         except PeerRefused as error:
@@ -169,21 +169,18 @@ class Connections:
         """Runs a stream, and replaces it when it ends.
 
         Args:
-            connected: called with each connection of the first stream; None for an extra stream,
-                which is connected only while there is much to send.
+            connected: called with each connection of the first stream; None for the others.
         """
         pause_s = FIRST_PAUSE_S
         while True:
-            writer, extra = None, connected is None
-            if extra:
-                await channel.busy()
+            writer = None
             try:
                 async with asyncio.timeout(HELLO_S):
                     connection = await self._connect_socket(address)
                     reader, writer = await self._secure(connection, listens=False)
-                    await self._greeter.greet(reader, writer, channel, extra)
+                    await self._greeter.greet(reader, writer, channel)
                 pause_s = FIRST_PAUSE_S
-                stream = Stream(reader, writer, extra)
+                stream = Stream(reader, writer)
                 if connected:
                     connected(stream)
                 await self._run(channel, stream)
@@ -221,8 +218,6 @@ class Connections:
         reader = asyncio.StreamReader(limit=BUFFER_BYTES, loop=loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
         self._sockets.add(connection)
-        # Chunks wait in the outbox, where the fastest stream takes them, and not in the kernel.
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, CHUNK_BYTES)
         try:
             if listens:
                 transport, _ = await loop.connect_accepted_socket(

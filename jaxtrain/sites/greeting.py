@@ -40,13 +40,11 @@ class Greeter:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         channel: Channel | None = None,
-        extra: bool = False,
-    ) -> tuple[Channel, bool]:
-        """Exchanges greetings; returns the peer's link, and whether the stream is an extra one.
+    ) -> Channel:
+        """Exchanges greetings; returns the link of the peer.
 
         Args:
             channel: the expected peer; None at the end that listens.
-            extra: whether the stream is an extra one; the end that connects decides.
 
         Raises:
             PeerRefused: the peer runs something else.
@@ -56,13 +54,13 @@ class Greeter:
         """
         async with asyncio.timeout(HELLO_S):
             if channel:  # the end that listens learns first who connects
-                writer.write(self._hello_to(channel, extra))
+                writer.write(self._hello_to(channel))
             kind, body = await read_frame(reader)
             if kind != HELLO or not isinstance(body, dict):
                 raise BadFrame(f"a connection must begin with a greeting; got {kind!r}")
             found = self._find(body, channel)
             if not channel:
-                writer.write(self._hello_to(found, extra))
+                writer.write(self._hello_to(found))
             await writer.drain()
         self._compare(found, body.get("identity"))
         session = str(body.get("session"))[:64]
@@ -72,12 +70,12 @@ class Greeter:
         found.session = session
         with contextlib.suppress(TypeError, ValueError):
             found.outbox.newest = {int(f): int(r) for f, r in body.get("newest", [])}
-        return found, extra or body.get("extra") is True
+        return found
 
-    def _hello_to(self, channel: Channel, extra: bool) -> bytes:
+    def _hello_to(self, channel: Channel) -> bytes:
         newest = list(channel.inbox.newest().items())
-        more = {"to": channel.peer, "newest": newest, "identity": self._identity, "extra": extra}
-        return pack(HELLO, self._hello | more)
+        extra = {"to": channel.peer, "newest": newest, "identity": self._identity}
+        return pack(HELLO, self._hello | extra)
 
     def _find(self, body: dict, expected: Channel | None) -> Channel:
         for name in ("protocol", "job"):

@@ -59,10 +59,6 @@ class Inbox:
         self._finishing: dict[Key, asyncio.Future] = {}
         self.first: dict[int, int] = {}
 
-    def chunks_to_come(self) -> int:
-        """Returns how many chunks of the announced messages have not arrived."""
-        return sum(len(incoming.missing) for incoming in self._arriving.values())
-
     def newest(self) -> dict[int, int]:
         """Returns {fragment: newest round whose code was ever received}."""
         newest: dict[int, int] = {}

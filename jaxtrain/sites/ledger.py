@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.file_errors import Appender
-from jaxtrain.files import strict_json, write_atomic
+from jaxtrain.files import strict_json, sync_to_disk, write_atomic
 
 FILE = "sites.jsonl"
 REPLAY_FILE = "sites.replay.jsonl"
@@ -85,10 +85,12 @@ class Ledger:
     def write(self, entry: Round) -> str:
         """Appends a round; returns how it differs from the one that it replays, "" if it does not.
 
-        A line has reached the operating system when this returns.
+        The line is on disk when this returns: another site may soon have a code that depends on
+        when the round was applied.
         """
         before = self.replay.get(entry.place)
         self._lines.write(strict_json(dataclasses.asdict(entry)).encode() + b"\n")
+        sync_to_disk(self._path)
         different = [n for n in DECIDED if before and getattr(before, n) != getattr(entry, n)]
         if not different:
             return ""

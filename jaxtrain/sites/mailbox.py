@@ -55,6 +55,9 @@ class Mailbox:
             elif match := NAME.fullmatch(path.name):
                 self._load(path, match)
         self._history = Appender(folder / HISTORY)
+        for (peer, key), message in self.received.items():
+            if (peer, key) not in self.history:  # a process ended between the two writes
+                self._add_to_history(peer, message)
 
     def _load(self, path: Path, match: re.Match) -> None:
         peer = (match[2], int(match[3]))
@@ -77,7 +80,6 @@ class Mailbox:
             )
         if match[1] == "received":
             self.received[peer, message.key] = message
-            self.history[peer, message.key] = message.crc
         elif zlib.crc32(content) == message.crc and len(content) == message.size:
             self.sent[peer, message.key] = (message, content)
         else:
@@ -147,8 +149,11 @@ class Mailbox:
         self.received[peer, message.key] = message
         self.arrived_s[peer, message.key] = time.monotonic()
         if (peer, message.key) not in self.history:
-            self.history[peer, message.key] = message.crc
-            self._history.write(json.dumps([*peer, *message.key, message.crc]).encode() + b"\n")
+            self._add_to_history(peer, message)
+
+    def _add_to_history(self, peer: Peer, message: Message) -> None:
+        self.history[peer, message.key] = message.crc
+        self._history.write(json.dumps([*peer, *message.key, message.crc]).encode() + b"\n")
 
     def forget(self, oldest: dict[int, int]) -> None:
         """Removes the received messages of rounds before the oldest one of their fragment."""

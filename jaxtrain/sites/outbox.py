@@ -77,26 +77,17 @@ class Outbox:
                 del self.messages[key]
             self._mailbox.remove_sent(self._peer, key)
 
-    def chunks_to_send(self) -> int:
-        """Returns how many chunks wait to be sent."""
-        return sum(len(out.todo) for out in self.messages.values())
-
     def ask_again(self) -> None:
         """Asks for the state of all messages: a lost stream may have lost chunks or answers."""
         for out in self.messages.values():
             out.ask, out.question = True, out.question + 1
 
-    def next_frame(self, stream: Stream, with_chunks: bool) -> bytes | None:
-        """Returns the next frame for a stream; None if there is none.
-
-        Args:
-            with_chunks: whether this stream sends chunks.
-        """
+    def next_frame(self, stream: Stream) -> bytes | None:
+        """Returns the next frame for a stream; None if everything is sent."""
         for key, out in self.messages.items():
             if out.stored:
                 continue
-            chunks = out.todo if with_chunks else ()
-            if out.ask or (chunks and key not in stream.offered):
+            if out.ask or (out.todo and key not in stream.offered):
                 # A peer never needs older rounds than `first` again, unless it lost its disk.
                 first = min(k.round for k in self.messages if k[:2] == key[:2])
                 ask = out.question if out.ask else 0
@@ -104,7 +95,7 @@ class Outbox:
                 out.ask = False
                 stream.offered.add(key)  # the peer must know a message before its first chunk
                 return pack(OFFER, body)
-            if chunks:
+            if out.todo:
                 index = out.todo.popleft()
                 out.sent_on[index] = stream
                 return pack_chunk(key, index, out.content)

@@ -35,13 +35,10 @@ class Stream:
         wake: set when there may be something to send.
         ping_due: whether a PING is to be sent.
         offered: the messages that the peer was offered on this stream.
-        extra: whether the stream is closed once the link is idle.
     """
 
-    def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, extra: bool = False
-    ):
-        self.reader, self.writer, self.extra = reader, writer, extra
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+        self.reader, self.writer = reader, writer
         self.wake, self.ping_due, self.offered = asyncio.Event(), False, set[Key]()
         # A copy of the descriptor, so that the counters outlive a connection that breaks.
         self._socket = writer.get_extra_info("socket").dup()

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.data.corpus import Corpus
 from jaxtrain.distributed.mesh import replicated
 from jaxtrain.optim.acceleration import eval_params
@@ -98,6 +99,15 @@ def evaluate(
     if text_bytes:
         metrics["eval/bits_per_byte"] = nats / math.log(2) / text_bytes
     return metrics
+
+
+def token_limit(cfg: TrainConfig) -> int:
+    """Returns how many held-out tokens an evaluation reads at most; 0 is all.
+
+    They are at most as many as the run trains on: one step of a large model should not be followed
+    by hours of evaluation.
+    """
+    return min(cfg.eval_tokens, cfg.steps * cfg.data.batch * cfg.data.seq_len)
 
 
 def warn_of_noise(metrics: dict[str, float]) -> str:

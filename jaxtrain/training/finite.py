@@ -1,5 +1,6 @@
 """Finds numbers that are not finite in a training state, and the process that they are on."""
 
+import math
 from typing import Any
 
 import jax
@@ -17,6 +18,18 @@ def _floating(tree: Any) -> list[jax.Array]:
 def all_finite(tree: Any) -> jax.Array:
     """Returns whether all floating-point numbers of a pytree are finite: bool []."""
     return jnp.array([jnp.isfinite(x).all() for x in _floating(tree)]).all()
+
+
+def is_sound(scalars: dict[str, jax.Array], state: Any, is_last: bool) -> bool:
+    """Returns whether a step's scalars are finite; after the last step, the state suffices.
+
+    A skipped step changes nothing, but the update before it may be why it was skipped. Saving that
+    state would push an older, good checkpoint out of keep_last.
+    """
+    numbers = jax.device_get(scalars)
+    if not numbers["train/bad_steps"] and all(map(math.isfinite, numbers.values())):
+        return True
+    return is_last and bool(jax.device_get(all_finite(state)))
 
 
 def is_finite_here(tree: Any) -> bool:

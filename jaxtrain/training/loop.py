@@ -1,8 +1,9 @@
 """The training loop: batch, step, log, evaluate, save."""
 
-import math
+import contextlib
+import functools
 import signal
-from functools import cached_property
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,20 +17,24 @@ from jaxtrain.distributed.heartbeat import beat
 from jaxtrain.distributed.preemption import StopListener
 from jaxtrain.metrics.collector import Collector
 from jaxtrain.reporting.run_logger import RunLogger
-from jaxtrain.reporting.terminal import format_duration, format_seconds
+from jaxtrain.reporting.terminal import describe_time_left
 from jaxtrain.reporting.tracing import Tracer
+from jaxtrain.sites.outer_state import add_outer_state
+from jaxtrain.sites.rounds import Rounds
 from jaxtrain.training.evaluation import (
     build_byte_counter,
     build_eval_step,
     evaluate,
+    token_limit,
     warn_of_noise,
 )
-from jaxtrain.training.finite import all_finite, name_spoiled_processes
+from jaxtrain.training.finite import is_sound, name_spoiled_processes
 from jaxtrain.training.phases import AFTER_STEPS, measure_phases, show_phases
 from jaxtrain.training.run import Run
 from jaxtrain.training.step import Step, TrainState
 
 IN_STEP = "saving after this step, then stopping"
+UNSOUND = "its loss, gradient or update is not finite"
 IN_EVALUATION = "leaving the evaluation, saving, then stopping"
 
 
@@ -51,6 +56,7 @@ class Loop:
         batches: training batches, positioned at the state's step.
         held_out: corpus to evaluate on.
         collector: the entered Collector of this process.
+        rounds: exchange with other sites, with its state restored; None trains on this site only.
     """
 
     def __init__(
@@ -64,11 +70,13 @@ class Loop:
         checkpoints: Checkpoints,
         logger: RunLogger,
         collector: Collector,
+        rounds: Rounds | None = None,
     ):
         self.cfg, self.run = run.cfg, run
         self.state, self.step, self.diagnosis = state, step, diagnosis
         self.batches, self.held_out = batches, held_out
         self.checkpoints, self.logger, self.collector = checkpoints, logger, collector
+        self.rounds = rounds
         self.stop = StopListener()
         self.eval_step = build_eval_step(run)
         self.rates = run.rates()
@@ -94,6 +102,8 @@ class Loop:
                 self.evaluate(self.first)
         if stop.signal:
             return stop.signal
+        if self.rounds:
+            self._exchange(self.first)  # what an earlier start was waiting for when it ended
         for step in range(self.first + 1, cfg.steps + 1):
             if self.tracer.switches_before(step):
                 self._toggle_trace()
@@ -101,6 +111,8 @@ class Loop:
                 batch = self._train_step(step)
             if cfg.measure.phases and step == min(self.first + AFTER_STEPS, cfg.steps):
                 self._measure_phases(step, batch)
+            if self.rounds:
+                self._exchange(step)
             if self.collector.is_probe_due(step):
                 self._probe_ranks(step)
             stopped_by = stop.agreed_signal()
@@ -116,6 +128,22 @@ class Loop:
         if self.tracer.is_on:
             self._toggle_trace()
         return stopped_by
+
+    def _exchange(self, step: int) -> None:
+        """Applies and starts rounds of the exchange with other sites."""
+        assert self.rounds is not None
+        stopped = lambda: beat("sites") or self.stop.agreed_signal()
+        pause = functools.partial(self._pause, "sites")
+        self.state = self.rounds.after_step(self.state, step, stopped, pause)
+        for metrics in self.rounds.take_metrics():
+            self.logger.write(step, metrics)
+
+    @contextlib.contextmanager
+    def _pause(self, cause: str) -> Iterator[None]:
+        """Waits for the step in flight, then attributes the block's time to a cause."""
+        self._collect_step()
+        with self.collector.pause(cause), self.tracer.annotate("pause"):
+            yield
 
     def _evaluation_is_due(self, step: int) -> bool:
         """Returns whether to evaluate after a step; finish_run does so after the last one."""
@@ -177,12 +205,8 @@ class Loop:
         if self._showed_time_left or is_early:
             return
         self._showed_time_left, step_s = True, self.collector.timer.usual_s()
-        steps_left = self.cfg.steps - step
-        if step_s * steps_left >= 10:
-            text = f"about {format_duration(step_s * steps_left)} for {steps_left:,} more steps of"
-            self.logger.print_header(
-                [("time", f"{text} {format_seconds(step_s)}, without evaluations and saves")]
-            )
+        if text := describe_time_left(self.cfg.steps - step, step_s):
+            self.logger.print_header([("time", text)])
 
     def evaluate(self, step: int) -> dict[str, float] | None:
         """Logs the held-out loss of the current weights; returns None if a signal came.
@@ -193,20 +217,10 @@ class Loop:
         self._collect_step()
         beat("eval")
         self.stop.defer_signals(IN_EVALUATION)
-        with self.collector.pause("eval"), self.tracer.annotate("pause"):
+        with self._pause("eval"):
             batches = build_eval_batches(self.cfg.data, self.held_out, self.run.mesh)
-            # At most as many tokens as the run trains on: one step of a large model should not be
-            # followed by hours of evaluation.
-            cfg = self.cfg
-            max_tokens = min(cfg.eval_tokens, cfg.steps * cfg.data.batch * cfg.data.seq_len)
-            metrics = evaluate(
-                self.eval_step,
-                self.state,
-                batches,
-                self._count_bytes,
-                max_tokens,
-                self.stop.agreed_signal,
-            )
+            given = self.eval_step, self.state, batches, self._count_bytes, token_limit(self.cfg)
+            metrics = evaluate(*given, self.stop.agreed_signal)
         self.stop.defer_signals(IN_STEP)
         if metrics is None:
             self.logger.note(
@@ -219,7 +233,7 @@ class Loop:
             self._warned_of_noise = True
         return metrics
 
-    @cached_property
+    @functools.cached_property
     def _count_bytes(self):
         return build_byte_counter(self.held_out, self.run.mesh)
 
@@ -229,37 +243,30 @@ class Loop:
         if step == self.saved_step:
             return
         beat("save")
-        if not self._is_sound(step):
-            self.logger.note(
-                f"step {step} is not saved: its loss, gradient or update is not finite; "
-                f"{self._newest_checkpoint()}"
-            )
+        is_last = step == self.cfg.steps
+        reason = "" if is_sound(self._scalars, self.state, is_last) else UNSOUND
+        if self.rounds and is_last and self.rounds.finished_step != step:
+            reason = "its exchange with the other sites is not finished"
+        if reason:
+            self.logger.note(f"step {step} is not saved: {reason}; {self._newest_checkpoint()}")
             return
-        with self.collector.pause("save"), self.tracer.annotate("pause"):
-            meta = {"data": self.batches.state(), "config": config_lib.flatten(self.cfg)}
-            self.checkpoints.save(step, self.state, meta)
+        with self._pause("save"):
+            state, meta = self.state, {"data": self.batches.state()}
+            meta["config"] = config_lib.flatten(self.cfg)
+            if self.rounds:
+                stored = broadcast_from_process_0(self.checkpoints.steps)
+                state, meta["sites"] = add_outer_state(self.rounds, state, step, stored)
+            self.checkpoints.save(step, state, meta)
         self.saved_step = step
 
     def _newest_checkpoint(self) -> str:
         known = f"the newest checkpoint is step {self.saved_step}"
         return known if self.saved_step else "no checkpoint is saved"
 
-    def _is_sound(self, step: int) -> bool:
-        """Returns whether this step's scalars are finite; after the last step, the state suffices.
-
-        A skipped step changes nothing, but the update before it may be why it was skipped. Saving
-        that state would push an older, good checkpoint out of keep_last.
-        """
-        scalars = jax.device_get(self._scalars)
-        if not scalars["train/bad_steps"] and all(map(math.isfinite, scalars.values())):
-            return True
-        return step == self.cfg.steps and bool(jax.device_get(all_finite(self.state)))
-
     def _diagnose(self, step: int, batch: dict[str, jax.Array]) -> None:
         """Logs what the optimizer is about to do. The time counts as a pause, not as a step."""
         assert self.diagnosis is not None
-        self._collect_step()
-        with self.collector.pause("diagnosis"), self.tracer.annotate("pause"):
+        with self._pause("diagnosis"):
             metrics = jax.device_get(self.diagnosis(self.state, batch, self.rates))
         self.logger.write(step, {name: float(x) for name, x in metrics.items()})
 
@@ -267,12 +274,11 @@ class Loop:
         """Times the parts of a step separately, logs and prints them."""
         self._collect_step()
         beat("compile")
-        with self.collector.pause("phases"):
+        with self._pause("phases"):
             step_s = self.collector.timer.usual_s()
             figures = measure_phases(self.run, self.state, batch, self.rates, step_s)
         self.logger.write(step, figures)
-        for line in show_phases(figures):
-            self.logger.note(line)
+        self.logger.print_header(show_phases(figures))
 
     def _probe_ranks(self, step: int) -> None:
         """Compares the processes; prints which have become stragglers, or are none any more."""
@@ -287,7 +293,7 @@ class Loop:
         """Starts or stops the profiler while no step is in flight."""
         self._collect_step()
         beat("save")
-        with self.collector.pause("profile"):
+        with self.collector.pause("profile"):  # no annotation: the tracer may be off
             self.tracer.switch()
         if not self.tracer.is_on:
             self.logger.note(f"trace made; to read it: jaxtrain profile {self.tracer.folder}")

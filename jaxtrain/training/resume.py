@@ -11,6 +11,8 @@ from jaxtrain.distributed.broadcast import broadcast_from_process_0
 from jaxtrain.errors import CheckpointError
 from jaxtrain.model.compatibility import check_same_model
 from jaxtrain.run_directory.contents import began_with
+from jaxtrain.sites.outer_state import add_template, restore_outer_state
+from jaxtrain.sites.rounds import Rounds
 from jaxtrain.training.run import Run
 from jaxtrain.training.step import TrainState, abstract_state
 
@@ -20,8 +22,12 @@ def start_state(
     checkpoints: Checkpoints,
     batches: Batches,
     initial_state: Callable[[Run], tuple[TrainState, str]],
+    rounds: Rounds | None = None,
 ) -> tuple[Run, TrainState, Restored | None]:
     """Restores the newest checkpoint, or calls initial_state(run) if there is none.
+
+    Args:
+        rounds: the exchange with other sites, whose state is restored too; None on one site.
 
     Returns:
         the run, whose cfg.weights now name what it began with, also the step of another run; the
@@ -33,18 +39,21 @@ def start_state(
     stored = broadcast_from_process_0(lambda: newest_config(checkpoints))
     check_resumed(run.cfg.model, stored)
     try:
-        restored = checkpoints.restore(abstract_state(run.model, run.optimizer, run.mesh))
+        template = abstract_state(run.model, run.optimizer, run.mesh)
+        restored = checkpoints.restore(add_template(rounds, template) if rounds else template)
     except ValueError as error:
         changes = config_lib.describe_changes(stored, run.cfg) if stored else []
-        changes = "; ".join(change for change in changes if change.startswith("optim."))
+        changes = "; ".join(change for change in changes if change.startswith(("optim.", "sites.")))
         if not changes:
             raise
         raise ValueError(
-            f"{error} Changed: {changes}. To start another optimizer from this run's weights, set "
+            f"{error} Changed: {changes}. To start with these values from this run's weights, set "
             f"--weights={run.cfg.workdir} and a new --workdir."
         ) from error
     if restored is None:
         state, weights = initial_state(run)
+        if rounds:
+            rounds.begin(state)
         return _with_weights(run, weights), state, None
     stored_weights = restored.meta["config"].get("weights", "")
     if began_with(stored_weights, run.cfg.weights):
@@ -55,8 +64,11 @@ def start_state(
             f"steps must be at least the checkpoint's step {restored.step}; got "
             f"steps={run.cfg.steps}. Set --steps or another --workdir."
         )
+    state = restored.state
+    if rounds:
+        state = restore_outer_state(rounds, state, restored.meta["sites"], TrainState)
     # Restored has no state here, so that the loop's first step can donate the only reference.
-    return run, restored.state, restored._replace(state=None)
+    return run, state, restored._replace(state=None)
 
 
 def _with_weights(run: Run, weights: str) -> Run:

@@ -187,6 +187,7 @@ def build_config_json(
     hosts: list[str] | None = None,
     work: StepWork | None = None,
     collector: Collector | None = None,
+    site: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns the contents of config.json: everything that identifies this run.
 
@@ -194,6 +195,7 @@ def build_config_json(
         hosts: name of each process's host; None is this process only.
         work: StepWork of the compiled step; None before it is compiled.
         collector: Collector of this process; None before it is created.
+        site: this site's name, and the names of all; None if there is only one.
     """
     device = run.mesh.devices.flat[0]
     groups = group_table(run.cfg.optim, run.model.axes, run.model.shapes)
@@ -207,6 +209,7 @@ def build_config_json(
         "mesh": dict(run.mesh.shape),
         "processes": jax.process_count(),
         "hosts": hosts or [socket.gethostname()],
+        "site": site,
         "chip": chip_dict(find_device_chip(device)),
         "work": work and work.as_dict(),
         "routes": {name: str(route) for name, route in run.routes.items()},

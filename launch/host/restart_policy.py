@@ -163,7 +163,7 @@ class JobController:
             return
         self.world = {"members": free, "coordinator": self._new_coordinator()}
         self._log(f"attempt {self.attempt}: {' '.join(self.names[host] for host in free)}")
-        self._cause = None
+        self._cause, self._stopped = None, {}
         self._enter("run", now)
 
     def _watch(self, now: float) -> None:

@@ -1,0 +1,102 @@
+"""The outer optimizer: Nesterov momentum on the mean of the sites' changes. Pure functions.
+
+With weights theta_k of site k and the reference that all sites began the round with,
+
+    average   = sum_k w_k * theta_k, or reference - sum_k w_k * decoded_k
+    delta     = reference - average
+    momentum  = mu * momentum + rate * delta
+    reference = reference - mu * momentum - rate * delta
+
+where decoded_k is what a code leaves of reference - theta_k. The last line is computed as
+average + (1 - rate) * delta - mu * momentum: the same number, but at rate 1 and mu 0 it is average
+itself, bit for bit, whereas reference - (reference - average) would be rounded. That is also why
+the lossless code carries theta and not the difference.
+
+Sums are taken in the order of the sites, in float64, and rounded to float32 once. Every site
+computes the same bits, whatever the order in which codes arrive.
+
+Source: DiLoCo, https://arxiv.org/abs/2311.08105; the form of the momentum is that of MuLoCo,
+https://github.com/facebookresearch/MuLoCo, commit 475bbf4
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxtrain.sites import BLOCK
+from jaxtrain.sites.codec import Codec
+
+CHUNK = 128  # blocks computed at a time, so that float64 temporaries stay small
+
+
+def weighted_mean(vectors: Sequence[np.ndarray], tokens: Sequence[int]) -> np.ndarray:
+    """Returns sum_k tokens_k / sum(tokens) * vectors_k, in order: float32 [n] -> float64 [n]."""
+    total = sum(tokens)
+    mean = vectors[0] * np.float64(tokens[0] / total)
+    for vector, count in zip(vectors[1:], tokens[1:], strict=True):
+        mean += vector * np.float64(count / total)
+    return mean
+
+
+def nesterov(
+    reference: np.ndarray, momentum: np.ndarray, average: np.ndarray, rate: float, mu: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the new (reference, momentum), float32 [n].
+
+    Args:
+        reference, momentum: float32 [n].
+        average: float64 [n], the weighted mean of the sites' weights.
+        rate, mu: the outer rate and momentum.
+    """
+    delta = reference - average
+    # A term with the factor 0 is left out: it would turn -0.0 into 0.0.
+    new = average if rate == 1 else average + (1 - rate) * delta
+    if mu:
+        wide = mu * momentum.astype(np.float64) + rate * delta
+        new, momentum = new - mu * wide, wide.astype(np.float32)
+    return new.astype(np.float32), momentum
+
+
+def outer_step(
+    codec: Codec,
+    codes: Sequence[np.ndarray],
+    tokens: Sequence[int],
+    reference: np.ndarray,
+    momentum: np.ndarray,
+    rate: float,
+    mu: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes a round's codes and returns the new (reference, momentum), float32 [n].
+
+    Args:
+        codes, tokens: of each participating site, in the order of the sites.
+        reference, momentum: float32 [n]; momentum is empty if mu is 0.
+    """
+    new_reference, new_momentum = np.empty_like(reference), np.empty_like(momentum)
+    for start in range(0, reference.size, CHUNK * BLOCK):
+        n = min(CHUNK * BLOCK, reference.size - start)
+        part, coded = slice(start, start + n), slice(*map(codec.code_bytes, (start, start + n)))
+        average = weighted_mean([codec.decode(code[coded], n) for code in codes], tokens)
+        if not codec.lossless:
+            average = reference[part] - average
+        new = nesterov(reference[part], momentum[part], average, rate, mu)
+        new_reference[part], new_momentum[part] = new
+    return new_reference, new_momentum
+
+
+def encode_with_feedback(
+    codec: Codec, x: np.ndarray, decay: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the code of x and decay * (x - decoded code), what is to be added to the next vector.
+
+    The latter is empty for a lossless code.
+    """
+    code = codec.encode(x)
+    if codec.lossless:
+        return code, x[:0]
+    error = np.empty_like(x)
+    for start in range(0, x.size, CHUNK * BLOCK):
+        n = min(CHUNK * BLOCK, x.size - start)
+        part, coded = slice(start, start + n), slice(*map(codec.code_bytes, (start, start + n)))
+        error[part] = np.float32(decay) * (x[part] - codec.decode(code[coded], n))
+    return code, error

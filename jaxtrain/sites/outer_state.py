@@ -1,0 +1,108 @@
+"""Adds the outer state of the sites' exchange to a run's checkpoints, and restores it.
+
+In a checkpoint the vectors of the fragments have the shapes of the parameters, so that a run may
+resume on another mesh. A round that has started and is not applied is stored by what it began
+with; after a restart its thread runs again, and sends the same bytes.
+"""
+
+from concurrent.futures import Future
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtrain.model.trees import named_leaves
+from jaxtrain.sites.rounds import Rounds
+
+NAME = "sites"  # of the outer state among the leaves of a checkpoint
+
+
+def _stored_vectors(rounds: Rounds) -> list[str]:
+    """Returns which vectors of each fragment are stored."""
+    cfg, names = rounds.cfg, ["reference"]
+    names += ["momentum"] if cfg.momentum else []
+    names += [] if rounds.codec.lossless else ["error"]
+    return names + (["weights"] if cfg.delay else [])  # at the start of a pending round
+
+
+def add_template(rounds: Rounds, template: Any) -> dict[str, Any]:
+    """Returns the tree of ShapeDtypeStructs to restore, given that of the training state."""
+    params = {
+        path: jax.ShapeDtypeStruct(leaf.shape, np.float32, sharding=leaf.sharding)
+        for path, leaf in named_leaves(template.params).items()
+    }
+    return template._asdict() | {NAME: dict.fromkeys(_stored_vectors(rounds), params)}
+
+
+def add_outer_state(
+    rounds: Rounds, state: Any, step: int, stored_steps: list[int]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the tree to save, and its meta. Waits for copies to the host that are running.
+
+    Args:
+        state: the training state after `step`.
+        stored_steps: those of complete checkpoints. Codes that only older ones needed are removed.
+    """
+    rounds.exchange.flush()
+    rounds.applied[step] = [x.round - (x.pending is not None) for x in rounds.outer]
+    if applied := rounds.applied.get(min(stored_steps, default=-1)):
+        rounds.exchange.durable({f: round_ + 1 for f, round_ in enumerate(applied)})
+    stored = {name: {} for name in _stored_vectors(rounds)}
+    for programs, outer in zip(rounds.places.programs, rounds.outer, strict=True):
+        vectors = {"reference": outer.reference, "momentum": outer.momentum, "error": outer.error}
+        pending = outer.pending
+        vectors["weights"] = pending.weights.result() if pending else np.zeros_like(outer.reference)
+        for name in stored:
+            stored[name] |= programs.unflatten(programs.layout.to_devices(vectors[name]))
+    fragments = [
+        {"round": x.round, "step": x.step, "tokens": x.tokens, "pending": x.pending is not None}
+        for x in rounds.outer
+    ]
+    name = rounds.places.names[rounds.places.site]
+    meta = {"site": name, "finished_step": rounds.finished_step, "fragments": fragments}
+    meta["finishes"] = rounds.finishes
+    return state._asdict() | {NAME: stored}, meta
+
+
+def restore_outer_state(
+    rounds: Rounds, tree: dict[str, Any], meta: dict[str, Any], state_class: Any
+) -> Any:
+    """Restores the outer state, starts pending rounds again, and returns the training state.
+
+    Raises:
+        ValueError: the checkpoint is that of another site, or has other fragments.
+    """
+    tree, name = dict(tree), rounds.places.names[rounds.places.site]
+    if meta["site"] != name:
+        raise ValueError(
+            f"a site must resume from its own checkpoints; got those of {meta['site']} at site "
+            f"{name}. Set --site or --workdir."
+        )
+    if len(meta["fragments"]) != len(rounds.layouts):
+        raise ValueError(
+            f"sites.fragments must stay {len(meta['fragments'])}, as in the run that is resumed; "
+            f"got {len(rounds.layouts)}. Set --sites.fragments."
+        )
+    stored = tree.pop(NAME)
+    state = state_class(**tree)
+    rounds.begin(state)
+    fragments = meta["fragments"]
+    rounds.applied[int(state.step)] = [x["round"] - x["pending"] for x in fragments]
+    rounds.finished_step, rounds.finishes = meta["finished_step"], meta["finishes"]
+    for f, (programs, outer) in enumerate(zip(rounds.places.programs, rounds.outer, strict=True)):
+        layout, flatten = programs.layout, programs.flatten
+        vectors = {name: layout.to_host(flatten(leaves)) for name, leaves in stored.items()}
+        weights = vectors.pop("weights", None)
+        for name, vector in vectors.items():
+            setattr(outer, name, vector)
+        numbers = dict(meta["fragments"][f])
+        is_pending = numbers.pop("pending")
+        for name, number in numbers.items():
+            setattr(outer, name, number)
+        if is_pending:
+            if weights is None:  # without a delay, the state is still that of the round's start
+                weights = layout.to_host(programs.snapshot(state))
+            copied = Future()
+            copied.set_result(weights)
+            rounds.exchange_weights(f, copied)
+    return state

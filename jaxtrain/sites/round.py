@@ -1,0 +1,206 @@
+"""Exchanges one fragment with the other sites once: what the threads of a round do.
+
+A thread copies the weights of the round's step to the host, encodes their change since the round
+before, sends the code, waits for those of the other sites and computes the new reference.
+"""
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from jaxtrain.config.run_sections import SitesConfig
+from jaxtrain.distributed.broadcast import gather_texts
+from jaxtrain.sites import BLOCK
+from jaxtrain.sites.checksum import combine_crc32
+from jaxtrain.sites.codec import CODECS, NonFiniteDelta
+from jaxtrain.sites.fragments import DeviceLayout, Programs
+from jaxtrain.sites.ledger import Round
+from jaxtrain.sites.outer import encode_with_feedback, outer_step
+
+POLL_S = 1.0  # between two looks at signals while waiting
+
+
+class Codes(Protocol):
+    """The methods of jaxtrain.sites.exchange.Exchange that rounds need."""
+
+    links: list[Any]
+
+    def send(self, fragment, round_, codes, tokens, checksum) -> None: ...
+    def wait(self, fragment, round_, timeout_s) -> Any: ...
+    def missing(self, fragment, round_) -> tuple[int, ...]: ...
+    def flush(self) -> None: ...
+    def durable(self, oldest: dict[int, int]) -> None: ...
+
+
+class Outcome(NamedTuple):
+    """A complete round: the new outer state, and what the ledger records of it."""
+
+    reference: np.ndarray
+    momentum: np.ndarray
+    error: np.ndarray
+    codes: dict[str, np.ndarray]  # of each site that took part, of the blocks of this process
+    tokens: dict[str, int]  # of each site that took part
+    arrived: Any  # Arrived of the exchange
+
+
+class Pending(NamedTuple):
+    """A round that has started and is not applied."""
+
+    weights: Future  # float32 [owned], on the host
+    outcome: Future
+
+
+@dataclasses.dataclass
+class Outer:
+    """The outer state of one fragment: the blocks that this process owns, float32.
+
+    Attributes:
+        reference: weights that all sites continued from after the newest applied round.
+        momentum: of the outer optimizer; empty without.
+        error: what codes have lost so far; empty for a lossless code.
+        round: number of the newest round that was started, from 1.
+        step: after which it was started.
+        tokens: that this site trained on before it, since the start of the round before.
+    """
+
+    reference: np.ndarray
+    momentum: np.ndarray
+    error: np.ndarray
+    round: int = 0
+    step: int = 0
+    tokens: int = 0
+    pending: Pending | None = None
+
+
+class Places(NamedTuple):
+    """What rounds must know of the run: shapes and shardings, and where it stands among the sites.
+
+    Attributes:
+        programs: of each fragment.
+        shardings: of the whole training state.
+        names: of all sites, in their order.
+        site: index of this one.
+        steps, step_tokens: of the run.
+    """
+
+    programs: list[Programs]
+    shardings: Any
+    names: list[str]
+    site: int
+    steps: int
+    step_tokens: int
+
+
+def run_round(
+    cfg: SitesConfig,
+    places: Places,
+    layout: DeviceLayout,
+    exchange: Codes,
+    is_open: Callable[[], bool],
+    f: int,
+    outer: Outer,
+    weights: np.ndarray,
+) -> Outcome | None:
+    """Sends a round's code, waits for the others and computes the outer step.
+
+    Args:
+        is_open: whether to keep waiting.
+        f: the fragment.
+        outer: its state before the round.
+        weights: float32 [owned], those after the round's step.
+
+    Returns:
+        the round; None if is_open became false.
+
+    Raises:
+        NonFiniteDelta: a weight is not finite; nothing was sent.
+        SiteError: another site disagrees, or the exchange has failed.
+    """
+    codec, name = CODECS[cfg.codec], places.names[places.site]
+    try:
+        x = weights if codec.lossless else outer.reference - weights + outer.error
+        code, error = encode_with_feedback(codec, x, cfg.error_decay)
+    except NonFiniteDelta as fault:
+        raise NonFiniteDelta(
+            f"the weights of site {name} must be finite to be sent to the other sites; those of "
+            f"fragment {f} after step {outer.step} are not: {fault} Nothing was sent. Resume from "
+            "an earlier checkpoint, or lower --optim.learning_rate."
+        ) from fault
+    first, size = layout.owned.start, codec.code_bytes(BLOCK)
+    cut = lambda link, unit: slice(*((b - first) * unit for b in _ends(link.ranges[f])))
+    links = dict(enumerate(exchange.links))
+    exchange.send(
+        f,
+        outer.round,
+        {i: code[cut(link, size)].tobytes() for i, link in links.items()},
+        outer.tokens,
+        {i: zlib.crc32(outer.reference[cut(link, BLOCK)].data) for i, link in links.items()},
+    )
+    while not (arrived := exchange.wait(f, outer.round, POLL_S)):
+        if not is_open():
+            return None
+    codes, tokens = {places.site: code}, {**arrived.tokens, places.site: outer.tokens}
+    for site, parts in arrived.codes.items():
+        codes[site] = np.empty_like(code)
+        for i, part in parts.items():
+            codes[site][cut(links[i], size)] = np.frombuffer(part, np.uint8)
+    order = sorted(arrived.participants)
+    args = outer.reference, outer.momentum, cfg.rate, cfg.momentum
+    reference, momentum = outer_step(
+        codec, [codes[k] for k in order], [tokens[k] for k in order], *args
+    )
+    for vector in filter(len, (reference, momentum, error)):
+        layout.clear_padding(vector)
+    by_name = lambda values: {places.names[k]: values[k] for k in order}
+    return Outcome(reference, momentum, error, by_name(codes), by_name(tokens), arrived)
+
+
+def _ends(blocks: range) -> tuple[int, int]:
+    return blocks.start, blocks.stop
+
+
+def summarize_round(
+    places: Places,
+    layout: DeviceLayout,
+    f: int,
+    outer: Outer,
+    outcome: Outcome,
+    step: int,
+    waited_s: float,
+) -> Round:
+    """Returns the ledger's line on a round that is applied after `step`.
+
+    The checksums are those of the whole fragment, equal at all sites whatever their numbers of
+    processes. All processes must call it.
+    """
+    arrived = outcome.arrived
+    own = {
+        "codes": {name: (zlib.crc32(code.data), code.size) for name, code in outcome.codes.items()},
+        "reference": (zlib.crc32(outcome.reference.data), outcome.reference.nbytes),
+        "payload": arrived.payload_bytes,
+        "wire": arrived.wire_bytes,
+        "seconds": arrived.seconds,
+    }
+    parts = [json.loads(text) for text in gather_texts(json.dumps(own))]
+    sums = lambda name: (sum(part[name][0] for part in parts), sum(part[name][1] for part in parts))
+    return Round(
+        fragment=f,
+        round=outer.round,
+        started_step=outer.step,
+        applied_step=step,
+        tokens=outcome.tokens,
+        participants=tuple(places.names[k] for k in arrived.participants),
+        code_checksums={
+            name: combine_crc32(part["codes"][name] for part in parts) for name in outcome.codes
+        },
+        reference_checksum=combine_crc32(part["reference"] for part in parts),
+        payload_bytes=sums("payload"),
+        wire_bytes=sums("wire"),
+        seconds=max(part["seconds"] for part in parts),
+        waited_s=waited_s,
+    )

@@ -1,0 +1,283 @@
+"""Starts and applies the rounds of an exchange between sites, beside the training loop.
+
+A round of a fragment starts after a step. Threads exchange it (`round.py`) while the loop goes on.
+After sites.delay further steps the loop applies the result:
+
+    delay 0        weights = reference: all sites continue from the same bits
+    delay above 0  weights = weights + (reference - weights at the round's start)
+
+If a delayed round is not complete by then, training goes on and looks again after each further
+period, up to sites.grace of them; then it waits. When a round is applied may thus differ between
+sites; what is applied may not. Rounds that could not start in time start as soon as possible, the
+last ones after the last step: all sites run the same rounds, and end with the same weights.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxtrain.config.run_sections import SitesConfig
+from jaxtrain.distributed.broadcast import broadcast_from_process_0
+from jaxtrain.optim.acceleration import settle
+from jaxtrain.sites import BLOCK
+from jaxtrain.sites.codec import CODECS
+from jaxtrain.sites.fragments import rounds_until
+from jaxtrain.sites.ledger import Ledger, Round
+from jaxtrain.sites.round import POLL_S, Codes, Outer, Pending, Places, run_round, summarize_round
+
+REMIND_S = 30.0  # between two lines about a site that is waited for
+
+
+class Rounds:
+    """The rounds of one process. A context manager: leaving it ends the threads.
+
+    Args:
+        cfg: the section `sites`.
+        places: the run and its sites.
+        exchange: an Exchange, or another object with these methods.
+    """
+
+    def __init__(
+        self,
+        cfg: SitesConfig,
+        places: Places,
+        exchange: Codes,
+    ):
+        self.cfg, self.places, self.exchange = cfg, places, exchange
+        self.codec = CODECS[cfg.codec]
+        self.layouts = [programs.layout for programs in places.programs]
+        self.outer: list[Outer] = []
+        self.finished_step: int | None = None
+        self.finishes = 0  # how often the run has ended; it may have been extended since
+        self.applied: dict[int, list[int]] = {}  # step of a checkpoint: newest round by fragment
+        self._ledger: Ledger | None = None
+        self._note: Callable[[str], None] = print
+        self._replay: dict[tuple[int, int], int] = {}
+        self._metrics: list[dict[str, float]] = []
+        self._waited_s, self._closing = 0.0, False
+        self._threads = ThreadPoolExecutor(2 * len(self.layouts), "sites")
+
+    def __enter__(self) -> "Rounds":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._closing = True
+        self._threads.shutdown(cancel_futures=True)
+        if self._ledger:
+            self._ledger.close()
+
+    def begin(self, state: Any) -> None:
+        """Takes the current weights as the reference."""
+        for programs in self.places.programs:
+            reference = programs.layout.to_host(programs.snapshot(state))
+            momentum = np.zeros_like(reference) if self.cfg.momentum else reference[:0]
+            error = reference[:0] if self.codec.lossless else np.zeros_like(reference)
+            self.outer.append(Outer(reference, momentum, error))
+
+    def open_ledger(self, workdir: Path, resume_step: int, note: Callable[[str], None]) -> None:
+        """Records rounds in workdir from now on, and replays those recorded after `resume_step`.
+
+        Args:
+            note: prints a line.
+        """
+        self._note = note
+
+        def open_files() -> dict[str, int]:
+            self._ledger = Ledger(workdir, resume_step)
+            lines = self._ledger.replay.values()
+            return {f"{line.fragment} {line.round}": line.applied_step for line in lines}
+
+        steps = broadcast_from_process_0(open_files)  # JSON has no tuples as keys
+        self._replay = {tuple(map(int, key.split())): step for key, step in steps.items()}
+
+    def _record(self, line: Round) -> None:
+        """Writes a line on process 0; prints how it differs from the one that it replays."""
+        if self._ledger and (difference := self._ledger.write(line)):
+            self._note(difference)
+
+    def describe(self) -> Iterator[str]:
+        """Yields sentences on the sites, what they exchange and when."""
+        cfg, names = self.cfg, self.places.names
+        yield f"{names[self.places.site]}, of {', '.join(names)}"
+        fragments = [layout.fragment for layout in self.layouts]
+        elements = [fragment.elements for fragment in fragments]
+        size = sum(self.codec.code_bytes(x.blocks * BLOCK) for x in fragments)
+        parts = f" in {len(elements)} fragments" if len(elements) > 1 else ""
+        use = f"used {cfg.delay} steps later" if cfg.delay else "waited for"
+        yield (
+            f"every {cfg.period} steps {sum(elements):,} parameters{parts}, {cfg.codec}: "
+            f"{size:,} bytes to each other site, {use}"
+        )
+        if self._replay:
+            yield f"{len(self._replay)} recorded rounds are replayed at their recorded steps"
+
+    def after_step(
+        self, state: Any, step: int, stop: Callable[[], Any], pause: Callable[[], Any]
+    ) -> Any:
+        """Applies the rounds that are due after a step, and starts those that begin after it.
+
+        A second call for the same step changes nothing, unless the first was interrupted.
+
+        Args:
+            state: the training state; donated if a round is applied.
+            stop: returns whether to stop waiting. With several processes, all call it equally
+                often.
+            pause: a context manager within which the process waits for other sites.
+
+        Raises:
+            NonFiniteDelta: the weights are not finite. Nothing was sent.
+            SiteError: another site disagrees, or the exchange has failed.
+        """
+        state, waiting = self._advance(state, step)
+        if waiting:
+            started_s = reminded_s = time.monotonic()
+            with pause():
+                while waiting and not stop():
+                    self._wait_for_news()
+                    state, waiting = self._advance(state, step, is_waiting=True)
+                    if waiting and time.monotonic() - reminded_s >= REMIND_S:
+                        reminded_s = time.monotonic()
+                        self._note(
+                            f"waiting for {reminded_s - started_s:.0f} s after step {step}: "
+                            f"{'; '.join(map(self._describe_missing, waiting))}"
+                        )
+            self._waited_s += time.monotonic() - started_s
+        if step == self.places.steps != self.finished_step and not waiting:
+            settled = jax.jit(
+                settle, donate_argnums=0, out_shardings=self.places.shardings.opt_state
+            )
+            state = state._replace(opt_state=settled(state.opt_state))
+            self.finished_step, self.finishes = step, self.finishes + 1
+        return state
+
+    def _advance(self, state: Any, step: int, is_waiting: bool = False) -> tuple[Any, list[int]]:
+        """Applies and starts rounds as far as possible without waiting.
+
+        While a site waits for one fragment, the others must go on: two sites would else wait for
+        each other if each held back what the other needs.
+
+        Returns:
+            the state, and the fragments whose rounds must be complete before the next step.
+        """
+        missing = []
+        for f, outer in enumerate(self.outer):
+            while True:
+                if outer.pending:
+                    is_complete, waits = self._look(f, step, is_waiting)
+                    if not is_complete:
+                        missing += [f] if waits else []
+                        break
+                    state = self._apply(state, f, step)
+                elif outer.round < self._owed(f, step):
+                    self._start(f, state, step)
+                else:
+                    break
+        return state, missing
+
+    def _owed(self, f: int, step: int) -> int:
+        """Returns how many rounds of a fragment belong to the steps up to this one.
+
+        All sites run the same number: a late site catches up, at the latest after the last step.
+        """
+        steps, period, count = self.places.steps, self.cfg.period, len(self.outer)
+        rounds = rounds_until(min(step, steps - 1), period, f, count)
+        # Runs that ended before they were extended had a last round outside of the schedule.
+        extra = self.finishes if f * period // count else 0
+        is_last = step == steps != self.finished_step
+        return rounds + extra + is_last
+
+    def _look(self, f: int, step: int, is_waiting: bool) -> tuple[bool, bool]:
+        """Returns whether to apply a pending round now, and else whether to wait for it."""
+        outer, cfg = self.outer[f], self.cfg
+        assert outer.pending is not None
+        outcome = outer.pending.outcome
+        if outcome.done():
+            outcome.result()  # raises the error of its thread
+        late, recorded = step - outer.step - cfg.delay, self._replay.get((f, outer.round), 0)
+        must_apply = step in (recorded, self.places.steps)
+        is_look = late >= 0 and late % cfg.period == 0
+        holds_back = is_waiting and outer.round < self._owed(f, step)
+        if step < recorded or not (must_apply or is_look or holds_back):
+            return False, False
+        if agree(outcome.done()):
+            return True, False
+        waits = must_apply or is_look and (not cfg.delay or late >= cfg.grace * cfg.period)
+        if not waits and not is_waiting:
+            self._note(f"{self._describe_missing(f)}; training goes on")
+        return False, waits
+
+    def _wait_for_news(self) -> None:
+        """Waits until a round is complete, at most POLL_S."""
+        outcomes = [outer.pending.outcome for outer in self.outer if outer.pending]
+        running = [outcome for outcome in outcomes if not outcome.done()]
+        if running:
+            wait(running, POLL_S, FIRST_COMPLETED)
+        else:  # other processes of this site are not as far
+            time.sleep(POLL_S / 20)
+
+    def take_metrics(self) -> list[dict[str, float]]:
+        """Returns the metrics of each round that was applied since the last call."""
+        metrics, self._metrics = self._metrics, []
+        return metrics
+
+    def _start(self, f: int, state: Any, step: int) -> None:
+        """Starts a round: takes a snapshot on the devices; threads do all that follows."""
+        outer = self.outer[f]
+        # A site that catches up has rounds without steps: their weight is that of one token.
+        outer.tokens = max((step - outer.step) * self.places.step_tokens, 1)
+        outer.round, outer.step = outer.round + 1, step
+        snapshot = self.places.programs[f].snapshot(state)
+        self.exchange_weights(f, self._threads.submit(self.layouts[f].to_host, snapshot))
+
+    def exchange_weights(self, f: int, weights: Future) -> None:
+        """Starts the thread of a fragment's newest round, given the weights on the host."""
+        args = self.cfg, self.places, self.layouts[f], self.exchange, self._is_open
+        run = functools.partial(run_round, *args, f, dataclasses.replace(self.outer[f]))
+        outcome = self._threads.submit(lambda: run(weights.result()))
+        self.outer[f].pending = Pending(weights, outcome)
+
+    def _is_open(self) -> bool:
+        return not self._closing
+
+    def _describe_missing(self, f: int) -> str:
+        round_ = self.outer[f].round
+        names = [self.places.names[site] for site in self.exchange.missing(f, round_)]
+        what = f"nothing complete has come from {', '.join(names)}" if names else "being computed"
+        return f"round {round_} of fragment {f}: {what}"
+
+    def _apply(self, state: Any, f: int, step: int) -> Any:
+        """Applies a complete round."""
+        outer, layout = self.outer[f], self.layouts[f]
+        assert outer.pending is not None
+        pending, outer.pending = outer.pending, None
+        outcome = pending.outcome.result()
+        line = summarize_round(self.places, layout, f, outer, outcome, step, self._waited_s)
+        self._record(line)  # before the state changes: a checkpoint never knows more than it
+        metrics = {"sites/round": outer.round, "sites/round_s": line.seconds}
+        metrics |= {"sites/waited_s": self._waited_s, "sites/age_steps": step - outer.step}
+        metrics |= {"sites/payload_bytes": sum(line.payload_bytes)}
+        metrics |= {"sites/wire_bytes": sum(line.wire_bytes)}
+        self._metrics.append(metrics)
+        self._waited_s = 0.0
+        outer.reference, outer.momentum, outer.error = outcome[:3]
+        vector, mode = outer.reference, "replace" if step == outer.step else "move"
+        if mode == "move":
+            vector = vector - pending.weights.result()
+        elif step == self.places.steps and outer.round == self._owed(f, step):
+            mode = "settle"
+        return self.places.programs[f].apply[mode](state, layout.to_devices(vector))
+
+
+def agree(value: bool) -> bool:
+    """Returns whether `value` is true on all processes of this site."""
+    if jax.process_count() == 1:
+        return value
+    return bool(np.all(multihost_utils.process_allgather(np.int32(value))))

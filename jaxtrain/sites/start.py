@@ -1,0 +1,104 @@
+"""Opens the exchange with the other sites of a job, from the sites file and the config."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from absl import logging
+
+from jaxtrain.config.train_config import TrainConfig, shared_fields
+from jaxtrain.model.trees import named_leaves
+from jaxtrain.sites.exchange import Exchange
+from jaxtrain.sites.fragments import build_programs, split_leaves
+from jaxtrain.sites.layout import SitesFile, read_sites_file
+from jaxtrain.sites.rounds import Places, Rounds
+
+FORMAT = 1  # of codes and messages
+FINISH_S = 600.0  # at the end of a run, to send what other sites have not stored yet
+
+
+class Membership(NamedTuple):
+    """This run's place among the sites of its job."""
+
+    file: SitesFile
+    name: str
+
+    @property
+    def site(self) -> int:
+        """The index of this site."""
+        return self.file.index(self.name)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns this site's name and those of all, for config.json."""
+        return {"name": self.name, "sites": self.file.names}
+
+
+def check_sites_flags(period: int, sites_file: str, site: str) -> None:
+    """Raises ValueError if only some of what several sites need is set."""
+    if any((period, sites_file, site)) and not all((period, sites_file, site)):
+        raise ValueError(
+            "several sites need --sites.period, --sites_file and --site; got "
+            f"sites.period={period}, sites_file={sites_file!r}, site={site!r}. Set all or none of "
+            "them."
+        )
+
+
+def read_membership(cfg: TrainConfig, sites_file: str, site: str) -> Membership | None:
+    """Returns the run's place among sites; None if it trains on one site only.
+
+    Raises:
+        ValueError: only some of sites.period, --sites_file and --site are set, the file is invalid,
+            or it lists another number of processes.
+    """
+    check_sites_flags(cfg.sites.period, sites_file, site)
+    if not site:
+        return None
+    member = Membership(read_sites_file(sites_file), site)
+    listed = len(member.file.sites[member.site].processes)
+    if listed != jax.process_count():
+        raise ValueError(
+            f"--sites_file must list all processes of site {site}; got {listed} in {sites_file}, "
+            f"and {jax.process_count()} in this run."
+        )
+    return member
+
+
+@contextlib.contextmanager
+def open_rounds(
+    cfg: TrainConfig,
+    member: Membership,
+    shapes: Any,
+    shardings: Any,
+    mesh: jax.sharding.Mesh,
+    identity: dict[str, str],
+) -> Iterator[Rounds]:
+    """Connects to the other sites for as long as the context lasts.
+
+    Args:
+        shapes: of the parameters.
+        shardings: of the whole training state.
+        identity: what else must be equal at all sites: hashes of the data and of the code.
+
+    Raises:
+        ValueError: the port is in use, or the stored codes belong to another job.
+    """
+    leaves = {path: leaf.shape for path, leaf in named_leaves(shapes).items()}
+    fragments = split_leaves(leaves, cfg.sites.fragments)
+    step_tokens = cfg.data.batch * cfg.data.seq_len
+    programs = [build_programs(fragment, mesh, shardings) for fragment in fragments]
+    names = member.file.names
+    places = Places(programs, shardings, names, member.site, cfg.steps, step_tokens)
+    identity = shared_fields(cfg) | identity | {"the format": str(FORMAT)}
+    blocks = [fragment.blocks for fragment in fragments]
+    folder = Path(cfg.workdir) / "sites"
+    with (
+        Exchange(
+            member.file, member.name, jax.process_index(), blocks, identity, folder, logging.info
+        ) as exchange,
+        Rounds(cfg.sites, places, exchange) as rounds,
+    ):
+        yield rounds
+        if rounds.finished_step is not None and not exchange.finish(FINISH_S):
+            logging.warning("the other sites have not stored the last round in %g s", FINISH_S)
