@@ -96,7 +96,9 @@ class Rounds:
             return {f"{line.fragment} {line.round}": line.applied_step for line in lines}
 
         steps = broadcast_from_process_0(open_files)  # JSON has no tuples as keys
-        self._replay = {tuple(map(int, key.split())): step for key, step in steps.items()}
+        for key, step in steps.items():
+            fragment, number = map(int, key.split())
+            self._replay[fragment, number] = step
 
     def _record(self, line: Round) -> None:
         """Writes a line on process 0; prints how it differs from the one that it replays."""
