@@ -159,7 +159,7 @@ def test_an_error_of_a_host_cannot_look_like_a_line_of_the_launcher(host, line, 
         (b'{"error": "RuntimeError: x\\nlaunch: y"}', "a: RuntimeError: x\n    launch: y"),
         (b"nonsense", "a: its answer has no meaning"),
         (b"[" * 100_000, "a: its answer has no meaning"),
-        (b'{"ok": {"time": "noon"}}', "a: it must answer with its time"),
+        (b'{"ok": {"time": "noon"}}', "a: its answer.time must be a finite number"),
     ],
 )
 def test_an_agent_that_answers_nonsense_is_named(line, message):
