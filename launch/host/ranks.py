@@ -182,8 +182,9 @@ class LocalRanks:
         return bool(self.ranks) and all(rank.code == KILLED for rank in self.ranks)
 
     def _end_watcher(self) -> None:
-        if self._watcher and self._watcher.stdin:
-            self._watcher.stdin.close()  # it ends at the end of its input
+        if self._watcher:
+            self._watcher.kill()  # at the end of its input it would also end, but not if stopped
+            self._watcher.communicate()
         self._watcher = None
 
     def _device_variables(self, env: Mapping[str, str], local: int) -> dict[str, str]:
