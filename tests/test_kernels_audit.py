@@ -1,7 +1,6 @@
 """Compiles the kernels for chips that are not present.
 
-Each compilation runs in a process of its own, because JAX_PLATFORMS must be set before jax is
-imported.
+Each compilation has its own process: JAX_PLATFORMS must be set before jax is imported.
 """
 
 import functools
@@ -267,13 +266,13 @@ from jaxtrain.training.run import build_run, compile_step
 from pallas_kernels.call_flops import visible_pairs
 from pallas_kernels.chip import find_chip
 from pallas_kernels.hlo import Program
-from pallas_kernels.offline import devices_of
+from pallas_kernels.offline import compiling_for, devices_of
 config = debug.get_config()
 config.kernels.strict, config.data.document_mask = True, True
 config.model.window = 8
 config.model.update(L=1, H=2, G=2, K=16, F=32)  # all matrices 32x32, so one size of each kernel
 devices = devices_of(find_chip("a40"))
-with jax.default_device(devices[0]):
+with compiling_for(devices[0]):
     run = build_run(freeze(config), devices)
     text = compile_step(run).compiled.as_text()
 names = ("flash_attention_dkv", "flash_attention_dq", "add_norm_backward", "symmetric_sum")

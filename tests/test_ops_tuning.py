@@ -45,11 +45,11 @@ COMPILE = """
 import jax, jax.numpy as jnp
 from jaxtrain.ops import tuning
 from pallas_kernels.chip import find_chip
-from pallas_kernels.offline import devices_of
+from pallas_kernels.offline import compiling_for, devices_of
 device = devices_of(find_chip("a40"))[0]
 x = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(device))
 options = {c.name: c.value for c in tuning.choices_for("a40") if c.is_option}
-with jax.default_device(device):
+with compiling_for(device):
     jax.jit(lambda x: x @ x).lower(x).compile(compiler_options=options)
 """
 
