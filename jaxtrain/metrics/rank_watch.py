@@ -108,7 +108,7 @@ class RankWatch:
 
     def is_due(self, step: int) -> bool:
         """Returns whether to probe after this step."""
-        return step >= self._due and self._cfg.straggler_every > 0
+        return step >= self._due
 
     def probe(self, step: int) -> list[str]:
         """Times the program, gathers all processes' times and judges them.

@@ -187,43 +187,37 @@ class Exchange(Transport):
                             content = json.loads(self.mailbox.read_received(peer, key))
                             self._decisions[place] = tuple(content)
 
-    def _waits_for(self, fragment: int, round_: int) -> list[int] | None:
-        """Returns the links whose code of a round is missing; None before the decision.
+    def _is_over(self, fragment: int, round_: int) -> bool:
+        """Returns whether all codes of a round are here.
 
         Raises:
             SiteLeftOut: this site takes no part.
             Disagreement: a peer no longer sends a code that this process does not have.
+            SiteError, OSError: the exchange has failed.
         """
+        self._check()
         participants = self._participants(fragment, round_)
         for place, sites in self._decisions.items():
             if place[0] == fragment and place[1] >= round_ and self.site not in sites:
                 raise SiteLeftOut(*place)
         if participants is None:
-            return None
-        key, missing = Key("code", fragment, round_), []
-        for i, channel in enumerate(self.channels):
-            if channel.link.site not in participants:
-                continue
-            if (channel.peer, key) not in self.mailbox.received:
-                missing.append(i)
-                # The peer has removed what this process acknowledged.
-                if (first := channel.inbox.first.get(fragment, 0)) > round_:
-                    raise Disagreement(
-                        f"{channel} is at round {first} of fragment {fragment}. This site had "
-                        f"stored its code of round {round_}, but it is missing in "
-                        f"{self.mailbox.folder}. Restore that folder, or restart all sites from "
-                        "one checkpoint."
-                    )
-        return missing
-
-    def _is_over(self, fragment: int, round_: int) -> bool:
-        """Returns whether there is nothing to wait for.
-
-        Raises:
-            SiteError, OSError: the exchange has failed.
-        """
-        self._check()
-        return self._waits_for(fragment, round_) == []
+            return False
+        key = Key("code", fragment, round_)
+        absent = [
+            channel
+            for channel in self.channels
+            if channel.link.site in participants
+            and (channel.peer, key) not in self.mailbox.received
+        ]
+        for channel in absent:
+            # The peer has removed what this process acknowledged.
+            if (first := channel.inbox.first.get(fragment, 0)) > round_:
+                raise Disagreement(
+                    f"{channel} is at round {first} of fragment {fragment}. This site had stored "
+                    f"its code of round {round_}, but it is missing in {self.mailbox.folder}. "
+                    "Restore that folder, or restart all sites from one checkpoint."
+                )
+        return not absent
 
     def _collect(self, key: Key, participants: tuple[int, ...]) -> Arrived:
         """Reads a complete round from disk; the lock is free, so that the link is served."""
