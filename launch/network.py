@@ -4,7 +4,7 @@ import json
 import secrets
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from launch.answers import COUNT, SECONDS, Range, check, mismatch
@@ -20,6 +20,7 @@ FIRST_ANSWER_S = 90.0
 # see host/agent.py.
 ANSWER_S = 90.0
 Pair = dict[str, Any]  # what was measured from one host to another
+Place = tuple[Host, str, int]  # a host, and an address and port at which it listens
 FIRST = {"listens_on": (Range(int, 1, 65_535), None)}
 MEASURED = {
     "rtt_s": [SECONDS, 1],
@@ -112,6 +113,13 @@ class NetworkAgents:
             samples.append((received - sent, clock["time"] - (sent + received) / 2))
         rtt_s, skew_s = min(samples)  # the shortest round trip bounds the skew best
         return answer | {"rtt_s": rtt_s, "skew_s": skew_s}
+
+    def listen(self, places: Iterable[Place]) -> dict[Place, str]:
+        """Lets hosts listen at further places; returns {place: reason} of those that cannot."""
+        places = list(places)
+        orders = [(host, {"do": "listen", "address": a, "port": p}) for host, a, p in places]
+        answers = zip(places, self.execute(orders), strict=True)
+        return {place: answer["error"] for place, answer in answers if "error" in answer}
 
     def execute(self, orders: Sequence[tuple[Host, Mapping[str, Any]]]) -> list[dict[str, Any]]:
         """Returns the answer to each order, or {"error": text}. Hosts work at the same time."""

@@ -72,12 +72,9 @@ def measure_tcp(
     rows = []
     with NetworkAgents(client) as agents:
         raise_errors(agents.first_answers)
-        listening = list((places or {}).items())
-        orders = [(host, {"do": "listen", "address": a, "port": p}) for host, (a, p) in listening]
-        for (host, place), answer in zip(listening, agents.execute(orders), strict=True):
-            if "error" in answer:
-                where = f"{place[0]} port {place[1]}"
-                raise HostError(f"{host.name} cannot listen at {where}: {answer['error']}")
+        listening = [(host, *place) for host, place in (places or {}).items()]
+        for (host, address, port), reason in agents.listen(listening).items():
+            raise HostError(f"{host.name} cannot listen at {address} port {port}: {reason}")
         idle = _require_all(agents.measure(1, 0.0, pings, places=places))
         rtt_s = {(pair["from"], pair["to"]): pair["rtt_s"] for pair in idle}
         for streams in STREAMS:

@@ -171,9 +171,7 @@ def check_links(client: SshClient, links: Sequence[Link]) -> list[Finding]:
     with NetworkAgents(client) as agents:
         raise_errors(agents.first_answers)
         places = {(link.listener, link.address, link.port) for link in links}
-        listening = [(h, {"do": "listen", "address": a, "port": p}) for h, a, p in places]
-        errors = zip(places, agents.execute(listening), strict=True)
-        busy = {place: answer["error"] for place, answer in errors if "error" in answer}
+        busy = agents.listen(places)
         options = {"streams": 1, "seconds": 0.0, "pings": 3, "both": False, "least_trips": 0}
         measure = lambda link: {"do": "measure", "peer": [link.address, link.port]} | options
         pairs = agents.execute([(link.connector, measure(link)) for link in links])
