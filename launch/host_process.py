@@ -87,11 +87,11 @@ FORCED = (
     "A forced command in authorized_keys, or a restricted shell, may replace it. Use a key without "
     "one.",
 )
-BROKEN = (  # ssh ends with 255 because of an error of its own
+BROKEN = (
     "its connection broke",
     "Check that it is on, and the network between here and there; then try again.",
 )
-SSH_ERROR = 255
+SSH_ERROR = 255  # ssh's exit status if the connection failed, not the command
 SILENT = ("it gave no answer", "Try `ssh {target} {python} --version` by hand.")
 
 

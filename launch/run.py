@@ -65,7 +65,7 @@ POLICY_RANGES = {  # of the numbers; otherwise from 0 to YEAR_S
 }
 ENV_HELP = "a variable of the program; NAME passes this machine's value without showing it in ps"
 RAW_HELP = "print the output's control characters as they are: the hosts can steer the terminal"
-SITES_HELP = "the inventories of several sites, each of which runs a job of its own"
+SITES_HELP = "the inventories of several sites; a separate job runs at each"
 BUILD_HELP = "file of pip constraints: build the Python packages on the hosts, once, and use them"
 
 

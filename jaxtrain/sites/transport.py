@@ -38,7 +38,7 @@ class Transport:
         process: number of this process in its site.
         blocks: blocks of each fragment.
         identity: what must be equal at all sites, such as hashes of configuration, data and code.
-        folder: the run's folder for exchanges; each process uses a folder of its own in it.
+        folder: the run's folder for exchanges, in which each process has its own subfolder.
         note: receives messages for the log, from any thread.
         streams: connections of each link; 0 chooses by the round-trip time. The site that connects,
             the later one in the sites file, decides.
