@@ -17,15 +17,14 @@ from absl import flags
 
 from jaxtrain.config.command_line import CommandForm
 from jaxtrain.config.train_config import TrainConfig
-from jaxtrain.data.corpus import open_corpus
-from jaxtrain.data.loader import build_eval_batches
+from jaxtrain.data.sources import open_split
 from jaxtrain.distributed.program import run_main
 from jaxtrain.reporting.terminal import eval_text, set_up_logging
 from jaxtrain.run_directory.contents import read_config_json
 from jaxtrain.training.evaluation import (
     build_byte_counter,
     build_eval_step,
-    evaluate,
+    evaluate_sources,
     warn_of_noise,
 )
 from jaxtrain.training.run import restore_run
@@ -63,12 +62,12 @@ def main() -> None:
     run, state = restore_run(args.run, args.step or None)
     rows = args.rows or rows_in_training(read_config_json(args.run))
     run = run._replace(cfg=fit_accumulation(run.cfg, run.mesh.size, rows))
-    corpus = open_corpus(run.cfg.data, "val", run.cfg.model.V, run.cfg.workdir)
+    cfg = run.cfg
+    corpus = open_split(cfg.data, "val", cfg.model.V, cfg.workdir, cfg.steps)
     print(corpus.describe())
-    batches = build_eval_batches(run.cfg.data, corpus, run.mesh)
-    progress = tqdm(batches, total=len(batches), unit="batch", disable=None)
+    watch = lambda batches: tqdm(batches, total=len(batches), unit="batch", disable=None)
     count_bytes = build_byte_counter(corpus, run.mesh)
-    metrics = evaluate(build_eval_step(run), state, progress, count_bytes)
+    metrics = evaluate_sources(run, state, corpus, build_eval_step(run), count_bytes, watch=watch)
     assert metrics is not None  # None only after a signal; no signal is listened for
     if warning := warn_of_noise(metrics):
         print(warning, file=sys.stderr)

@@ -31,8 +31,9 @@ from jaxtrain.checkpoint.zarr import check_path
 from jaxtrain.config.command_line import CommandForm
 from jaxtrain.config.help_text import describe_flags
 from jaxtrain.config.shell_commands import current_command
-from jaxtrain.data.corpus import Corpus, note_shared_shards, open_corpus
+from jaxtrain.data.corpus import Corpus
 from jaxtrain.data.loader import build_batches
+from jaxtrain.data.sources import MixedCorpus, open_splits
 from jaxtrain.data.vocabulary import check_source
 from jaxtrain.distributed.broadcast import (
     broadcast_from_process_0,
@@ -45,7 +46,6 @@ from jaxtrain.distributed.heartbeat import beat
 from jaxtrain.distributed.preemption import StopListener
 from jaxtrain.distributed.program import run_main
 from jaxtrain.distributed.runtime import fit_config_to_world, start_runtime
-from jaxtrain.file_errors import add_path_to_errors
 from jaxtrain.interop.initial_state import check_weights, initial_state
 from jaxtrain.metrics.collector import Collector
 from jaxtrain.metrics.mfu import build_work, find_device_chip
@@ -61,6 +61,7 @@ from jaxtrain.sites.start import Membership, check_sites_flags, open_rounds, rea
 from jaxtrain.training.diagnostic_step import compile_diagnosis
 from jaxtrain.training.finish import SAMPLE_FLAG, finish_run
 from jaxtrain.training.loop import Diverged, Loop
+from jaxtrain.training.mixture_report import mixture_lines
 from jaxtrain.training.resume import start_state
 from jaxtrain.training.run import Run, build_run, compile_step
 from jaxtrain.training.sampling import decode_shell_text
@@ -118,8 +119,7 @@ def train(
 
         # Data.
         stop.set_activity("reading the data")
-        corpus, held_out = run_on_all_processes(lambda: open_data(cfg, workdir))
-        check_same_on_all_processes("the data", corpus.fingerprint)
+        corpus, held_out = open_data(cfg, workdir)
         site = (member.site, len(member.file.sites)) if member else (0, 1)
         batches = stack.enter_context(build_batches(cfg.data, corpus, run.mesh, cfg.seed, site))
 
@@ -144,6 +144,7 @@ def train(
         stack.enter_context(logger)
         hosts = gather_texts(socket.gethostname())
         logger.print_header(startup_lines(run, corpus, checkpoints, restored, dtype_reason))
+        logger.print_header(mixture_lines(corpus, batches))
         if rounds:
             rounds.open_ledger(workdir, first, logger.note)
             logger.print_header(("sites", line) for line in rounds.describe())
@@ -176,7 +177,10 @@ def train(
 
 
 def join_sites(
-    stack: contextlib.ExitStack, member: Membership | None, run: Run, corpus: Corpus
+    stack: contextlib.ExitStack,
+    member: Membership | None,
+    run: Run,
+    corpus: Corpus | MixedCorpus,
 ) -> Rounds | None:
     """Connects to the other sites until `stack` is closed; returns None without several sites.
 
@@ -226,13 +230,11 @@ def lock_workdir(cfg: config_lib.TrainConfig) -> Iterator[RunLock]:
         yield lock
 
 
-def open_data(cfg: config_lib.TrainConfig, workdir: Path) -> list[Corpus]:
-    """Returns the corpora to train on and to evaluate on."""
-    with add_path_to_errors(cfg.data.text or cfg.data.shards):
-        train, held_out = (
-            open_corpus(cfg.data, split, cfg.model.V, workdir) for split in ("train", "val")
-        )
-        return [note_shared_shards(train, held_out), held_out]
+def open_data(cfg: config_lib.TrainConfig, workdir: Path) -> list[Corpus | MixedCorpus]:
+    """Returns what to train on and what to evaluate on, which all processes must read alike."""
+    opened = run_on_all_processes(lambda: open_splits(cfg.data, cfg.model.V, workdir, cfg.steps))
+    check_same_on_all_processes("the data", opened[0].fingerprint)
+    return opened
 
 
 def main() -> int:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from jaxtrain.config.train_config import DataConfig, MeshConfig
+from jaxtrain.data.batch_source import BatchSource, epoch_order
 from jaxtrain.data.corpus import open_corpus
-from jaxtrain.data.loader import BatchSource, build_batches, build_eval_batches
+from jaxtrain.data.loader import build_batches, build_eval_batches
 from jaxtrain.data.sequences import WindowSequences
 from jaxtrain.data.shard_writer import ShardWriter
 from jaxtrain.data.shuffle import permute
@@ -107,9 +108,10 @@ def test_batches_are_the_same_on_every_mesh(options, shape, folder):
 @pytest.mark.parametrize("processes", [2, 4, 8])
 def test_the_parts_that_processes_read_make_up_the_batch(processes, folder):
     rows = WindowSequences(open_split(folder)[1], T)
-    whole = BatchSource(rows, B, 3, np.arange(B), True)
+    order = epoch_order(len(rows), 3)
+    whole = BatchSource(rows, B, order, np.arange(B), True)
     places = np.split(np.arange(B), processes)
-    parts = [BatchSource(rows, B, 3, part, True) for part in places]
+    parts = [BatchSource(rows, B, order, part, True) for part in places]
     for step in (0, 1, len(rows) // B, 10_000):
         joined = {k: np.concatenate([p[step][k] for p in parts]) for k in whole[step]}
         assert equal([whole[step]], [joined])
@@ -199,7 +201,7 @@ class Numbers:
 @pytest.mark.parametrize("n", [7, 5_000])
 def test_batches_follow_the_permutation_of_each_epoch_in_any_order_of_reading(n):
     steps = -(-3 * n // B) + 2
-    source = BatchSource(Numbers(n), B, 3, np.arange(B), False)
+    source = BatchSource(Numbers(n), B, epoch_order(n, 3), np.arange(B), False)
     got = np.concatenate([source[step]["tokens"] for step in range(steps)])
     expected = [permute(np.arange(n), n, 3, epoch) for epoch in range(1 + steps * B // n)]
     assert (got == np.concatenate(expected)[: steps * B]).all()

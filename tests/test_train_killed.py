@@ -12,7 +12,7 @@ import runs
 from jaxtrain.data.loader import build_eval_batches
 from jaxtrain.errors import INTERRUPTED, PREEMPTED
 from jaxtrain.train import train
-from jaxtrain.training import loop as loop_module
+from jaxtrain.training import evaluation as evaluation_module
 
 
 def test_a_run_killed_and_then_preempted_has_the_losses_of_an_uninterrupted_run(tmp_path):
@@ -79,7 +79,7 @@ def test_a_signal_interrupts_an_evaluation_and_the_resumed_run_repeats_it(
     cfg = config(shared, number.name)
     workdir = shared / number.name
     with monkeypatch.context() as patch:
-        patch.setattr(loop_module, "build_eval_batches", eval_batches_with_a_signal)
+        patch.setattr(evaluation_module, "build_eval_batches", eval_batches_with_a_signal)
         assert train(cfg, device, quiet=True) == status
     assert len(batches_after) <= 1
     last_step, _, eval_loss = logged(workdir)[-1]

@@ -1,4 +1,4 @@
-"""The sections of a TrainConfig on kernels, loss, data and optimizer: each field and its bounds."""
+"""The sections of a TrainConfig on kernels, loss and optimizer: each field and its bounds."""
 
 from dataclasses import dataclass
 
@@ -34,32 +34,6 @@ class LossConfig(Section):
         low=1_024,
         high=INT64_MAX,
     )
-
-
-@dataclass(frozen=True)
-class DataConfig(Section):
-    PREFIX = "data."
-
-    text: str = knob("", "file or folder of text; empty uses Python's standard library")
-    text_field: str = knob("text", "key or column of the text if data.text is JSON or a table")
-    shards: str = knob("", "folder, file or glob of token shards; empty encodes data.text")
-    shard_format: str = knob(
-        "auto",
-        "file format of the shards; auto detects it",
-        choices=("auto", "llmc", "nanogpt", "megatron"),
-    )
-    tokenizer: str = knob("bytes", "'bytes', 'gpt2' or the path of a tokenizer.json")
-    val_fraction: float = knob(0.05, "held-out fraction of data.text", low=0.0, high=0.5)
-    batch: int = knob(8, "sequences per step, on all devices together", unit="sequences", low=1)
-    seq_len: int = knob(256, "length of each sequence", unit="tokens", low=1)
-    pack: bool = knob(False, "fit whole documents into sequences instead of cutting them")
-    document_mask: bool = knob(False, "mask attention between different documents of a sequence")
-    eot: int = knob(
-        -1,
-        "id of the token that separates documents in the shards; -1 takes it from their meta.json",
-        low=-1,
-    )
-    prefetch: int = knob(2, "batches to read ahead of the step; 0 reads in the loop", low=0)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, overload
 
 from ml_collections import ConfigDict
 
+from jaxtrain.config.data_section import DataConfig
 from jaxtrain.config.fields import INT64_MAX, Section, field_error, find_fault, knob
 from jaxtrain.config.model_section import ModelConfig
 from jaxtrain.config.run_sections import (
@@ -28,14 +29,13 @@ from jaxtrain.config.run_sections import (
 )
 from jaxtrain.config.sections import (
     NORM_PRESERVING,
-    DataConfig,
     KernelsConfig,
     LossConfig,
     OptimConfig,
 )
 
 NOT_MATRICES = ("embed", "positions", "head")  # names in model.init_std that are no hidden matrices
-MAX_FIELDS = 153  # a test enforces it
+MAX_FIELDS = 156  # a test enforces it
 # Fields, or sections, that may differ between the sites of a job: those of one machine, and numbers
 # of steps, because a faster site takes more of them in the same time.
 SITE_FIELDS = (
@@ -250,9 +250,10 @@ def config_hash(config: TrainConfig) -> str:
 
     Fields that set where results are written, or what is measured, are left out.
     """
-    # Without several sites, the hash is what it was before there were any.
-    sites = () if config.sites.period else ("sites.",)
-    return _hash(config, "checkpoint.storage", "measure.", "profile.", "export.", *sites)
+    # Without several sites or sources, the hash is what it was before there were any.
+    unused = [] if config.sites.period else ["sites."]
+    unused += [] if config.data.mixture else ["data.mixture", "data.stages", "data.max_epochs"]
+    return _hash(config, "checkpoint.storage", "measure.", "profile.", "export.", *unused)
 
 
 def start_hash(config: TrainConfig) -> str:

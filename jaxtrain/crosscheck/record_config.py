@@ -5,7 +5,8 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from jaxtrain.config import train_config as config_lib
-from jaxtrain.config.sections import DataConfig, OptimConfig
+from jaxtrain.config.data_section import DataConfig
+from jaxtrain.config.sections import OptimConfig
 from jaxtrain.crosscheck.trace import batches_of, read_trace
 from jaxtrain.interop.hf import read_config
 

@@ -202,6 +202,10 @@ def open_corpus(cfg: DataConfig, split: str, vocab_size: int, workdir: str | Pat
         ValueError: shards are missing, differ from what they declare, or contain a token outside
             the vocabulary. One message lists each of them as file, expected, found.
     """
+    if cfg.mixture:
+        raise ValueError(
+            f"data.mixture must be empty for this command; got {cfg.mixture!r}. Set --data.shards."
+        )
     files = _find_files(cfg, split, vocab_size, Path(workdir))
     entries = shard_entries(files.metadata_of)
     try:

@@ -4,14 +4,14 @@ Batch n is a pure function of (corpus fingerprint, seed, n), whatever the number
 epochs form one endless list of sequences, each epoch in its own shuffled order; batch n holds the
 entries n * B to (n + 1) * B - 1. Of S sites, site k takes the entries k, k + S, k + 2S, ... of that
 list instead: no two sites read the same entry, whatever their batch sizes, and the batches n of
-sites with equal ones are together batch n of one run with S * B sequences. A process reads only the
-sequences that its devices hold. Grain reads ahead in threads; the only state is n, so a checkpoint
-stores n and the identity of the data.
+sites with equal ones are together batch n of one run with S * B sequences. With data.mixture, the
+list is that of `mixture.py`. A process reads only the sequences that its devices hold. Grain reads
+ahead in threads; the only state is n, so a checkpoint stores n and the identity of the data.
 """
 
-import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import jax
@@ -19,14 +19,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain.config.train_config import DataConfig
+from jaxtrain.data.batch_source import BatchSource, epoch_order
 from jaxtrain.data.corpus import Corpus, check_boundaries
-from jaxtrain.data.sequences import PackedSequences, Sequences, WindowSequences
-from jaxtrain.data.shuffle import permute
+from jaxtrain.data.mixture import MixedOrder
+from jaxtrain.data.mixture_state import describe_changes, stored_mixture
+from jaxtrain.data.sequences import JoinedSequences, PackedSequences, WindowSequences
+from jaxtrain.data.source_counts import SourceCounts
+from jaxtrain.data.sources import MixedCorpus, list_corpora
 from jaxtrain.distributed.mesh import batch_sharding
 
-BLOCK = 4096  # indices shuffled per call: an index costs 40 us in calls of 8, 0.3 us in a block
 STATE_FLAGS = {
-    "fingerprint": "data.shards or data.text",
+    "fingerprint": "data.shards, data.text or data.mixture",
     "seed": "seed",
     "batch": "data.batch",
     "seq_len": "data.seq_len",
@@ -35,63 +38,6 @@ STATE_FLAGS = {
     "boundaries": "data.shards",
     "site": "site",
 }
-
-
-class BatchSource:
-    """Grain's data source: item n is this process's part of batch n, as NumPy arrays."""
-
-    def __init__(
-        self,
-        sequences: Sequences,
-        batch: int,
-        seed: int,
-        places: np.ndarray,
-        with_docs: bool,
-        site: tuple[int, int] = (0, 1),
-    ):
-        """Stores what defines the batches.
-
-        Args:
-            batch: sequences in a batch, over all processes.
-            places: indices in 0..batch-1 of those that this process reads, ascending.
-            with_docs: whether document ids are read too.
-            site: index of this site, and number of sites.
-        """
-        self._site, self._sites = site
-        self._sequences, self._batch, self._seed = sequences, batch, seed
-        self._places, self._with_docs = places, with_docs
-        self._block = (-1, np.empty(0, np.int64))
-
-    def __len__(self) -> int:
-        return sys.maxsize // self._batch // self._sites  # endless, but Grain requires a length
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        positions = (index * self._batch + self._places) * self._sites + self._site
-        return self._sequences.read(self._shuffled(positions), self._with_docs)
-
-    def _shuffled(self, positions: np.ndarray) -> np.ndarray:
-        """Returns the sequence at each position of the endless list of epochs, [N] int64."""
-        shuffled = np.empty_like(positions)
-        blocks = positions // BLOCK
-        for number in np.unique(blocks):
-            # Grain's threads share this cache without a lock: number and block are replaced
-            # together, as one tuple.
-            cached_number, block = self._block
-            if cached_number != number:
-                block = self._shuffle(number * BLOCK + np.arange(BLOCK))
-                self._block = (number, block)
-            inside = blocks == number
-            shuffled[inside] = block[positions[inside] - number * BLOCK]
-        return shuffled
-
-    def _shuffle(self, positions: np.ndarray) -> np.ndarray:
-        sequences = len(self._sequences)
-        epochs, indices = np.divmod(positions, sequences)
-        shuffled = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            inside = epochs == epoch
-            shuffled[inside] = permute(indices[inside], sequences, self._seed, int(epoch))
-        return shuffled
 
 
 class BatchPlacer:
@@ -128,32 +74,45 @@ class Batches:
     """
 
     def __init__(
-        self, cfg: DataConfig, corpus: Corpus, mesh: Mesh, seed: int, site: tuple[int, int] = (0, 1)
+        self,
+        cfg: DataConfig,
+        corpus: Corpus | MixedCorpus,
+        mesh: Mesh,
+        seed: int,
+        site: tuple[int, int] = (0, 1),
     ):
         self._placer = BatchPlacer(cfg.batch, mesh)
-        sequences = (PackedSequences if cfg.pack else WindowSequences)(corpus, cfg.seq_len)
-        if len(sequences) < cfg.batch:
-            raise ValueError(
-                f"the {corpus.split} corpus must contain at least one batch of "
-                f"data.batch={cfg.batch} sequences of data.seq_len={cfg.seq_len} + 1 tokens; got "
-                f"{len(sequences)} sequences from {corpus.tokens} tokens. Set --data.batch or "
-                "--data.seq_len."
-            )
+        build = PackedSequences if cfg.pack else WindowSequences
         with_docs = cfg.pack or cfg.document_mask
-        source = BatchSource(sequences, cfg.batch, seed, self._placer.places, with_docs, site)
-        threads = min(cfg.prefetch, 16)  # more threads do not hide more of a slow disk's latency
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=cfg.prefetch)
-        self._reader = iter(grain.MapDataset.source(source).to_iter_dataset(options))
-        self._identity = {
-            "fingerprint": corpus.fingerprint,
+        parts = [build(part, cfg.seq_len) for part in list_corpora(corpus).values()]
+        self.sources: SourceCounts | None = None
+        self._identity: dict[str, Any] = {
             "seed": seed,
             "batch": cfg.batch,
             "seq_len": cfg.seq_len,
             "pack": cfg.pack,
-            "eot": corpus.eot if with_docs else None,
-            "boundaries": corpus.boundaries_fingerprint() if with_docs else None,
             "site": f"{site[0]} of {site[1]}" if site[1] > 1 else None,
         }
+        if isinstance(corpus, MixedCorpus):
+            sizes = [len(part) for part in parts]
+            _check_sizes(cfg, corpus, sizes)
+            self.sources = SourceCounts(corpus, sizes, cfg.batch, cfg.seq_len, site[1])
+            self.sources.check_limits()
+            sequences, order = JoinedSequences(parts), MixedOrder(corpus.mixture, sizes, seed, site)
+            self._identity["mixture"] = stored_mixture(corpus, with_docs)
+        else:
+            [sequences] = parts
+            _check_batch(cfg, corpus, len(sequences))
+            order = epoch_order(len(sequences), seed, site)
+            self._identity |= {
+                "fingerprint": corpus.fingerprint,
+                "eot": corpus.eot if with_docs else None,
+                "boundaries": corpus.boundaries_fingerprint() if with_docs else None,
+            }
+        source = BatchSource(sequences, cfg.batch, order, self._placer.places, with_docs)
+        threads = min(cfg.prefetch, 16)  # more threads do not hide more of a slow disk's latency
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=cfg.prefetch)
+        self._reader = iter(grain.MapDataset.source(source).to_iter_dataset(options))
         self.step = 0  # batches returned so far, hence the number of the next one
         self.sequences_per_epoch = len(sequences)
         self._wait_s = 0.0
@@ -186,8 +145,12 @@ class Batches:
         changed = [
             f"{name}={state.get(name)!r}, now {value!r} (--{STATE_FLAGS[name]})"
             for name, value in self._identity.items()
-            if state.get(name) != value
+            if name != "mixture" and state.get(name) != value
         ]
+        mixtures = state.get("mixture"), self._identity.get("mixture")
+        if not changed:
+            batch = state["batch"]
+            changed = describe_changes(*mixtures, state["step"] * batch, batch)
         if changed:
             raise ValueError(
                 f"a run must resume on the data it began with; got {'; '.join(changed)}. Set "
@@ -195,6 +158,10 @@ class Batches:
             )
         self._reader.set_state({"next_index": state["step"]})
         self.step = state["step"]
+
+    def source_metrics(self, step: int) -> dict[str, int | float]:
+        """Returns what was read of each source of a mixture by a step; {} without a mixture."""
+        return self.sources.metrics(step) if self.sources else {}
 
     def close(self) -> None:
         """Ends the reading threads; state() can still be called."""
@@ -241,8 +208,32 @@ class EvalBatches:
             yield self._placer.place(batch)
 
 
+def _check_batch(cfg: DataConfig, corpus: Corpus, sequences: int) -> None:
+    if sequences < cfg.batch:
+        raise ValueError(
+            f"the {corpus.split} corpus must contain at least one batch of "
+            f"data.batch={cfg.batch} sequences of data.seq_len={cfg.seq_len} + 1 tokens; got "
+            f"{sequences} sequences from {corpus.tokens} tokens. Set --data.batch or "
+            "--data.seq_len."
+        )
+
+
+def _check_sizes(cfg: DataConfig, corpus: MixedCorpus, sizes: list[int]) -> None:
+    for (name, part), size in zip(corpus.sources.items(), sizes, strict=True):
+        if not size:
+            raise ValueError(
+                f"each source of data.mixture must contain a sequence of data.seq_len="
+                f"{cfg.seq_len} + 1 tokens; got {part.tokens} tokens in {name}. Set "
+                "--data.mixture or --data.seq_len."
+            )
+
+
 def build_batches(
-    cfg: DataConfig, corpus: Corpus, mesh: Mesh, seed: int, site: tuple[int, int] = (0, 1)
+    cfg: DataConfig,
+    corpus: Corpus | MixedCorpus,
+    mesh: Mesh,
+    seed: int,
+    site: tuple[int, int] = (0, 1),
 ) -> Batches:
     """Returns the training batches from step 0 on, shuffled by `seed`.
 
@@ -251,10 +242,12 @@ def build_batches(
 
     Raises:
         ValueError: the corpus is smaller than a batch, or data.pack or data.document_mask is set
-            and it is unknown where documents start.
+            and it is unknown where documents start; a source of a mixture would be read more often
+            than data.max_epochs allows.
     """
     if cfg.pack or cfg.document_mask:
-        check_boundaries(corpus)
+        for part in list_corpora(corpus).values():
+            check_boundaries(part)
     return Batches(cfg, corpus, mesh, seed, site)
 
 

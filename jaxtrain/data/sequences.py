@@ -9,6 +9,7 @@ then says that the document has ended) or comes after it. It has weight 0 if the
 not separated, and if one of them was cut there: nothing in the text implies such a target.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -118,6 +119,30 @@ class PackedSequences:
                 filled += size
         weights = _target_weights(tokens, docs, corpus.eot, is_cut)
         return {"tokens": tokens, "docs": docs, "weights": weights}
+
+
+class JoinedSequences:
+    """The sequences of several sources, numbered on from one source to the next."""
+
+    def __init__(self, parts: Sequence[Sequences]):
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def read(self, numbers: np.ndarray, with_docs: bool) -> dict[str, np.ndarray]:
+        """Returns what the sources' own read() does, in the order of the numbers."""
+        source = np.searchsorted(self._ends, numbers, side="right")
+        joined: dict[str, np.ndarray] = {}
+        for i in np.unique(source):
+            inside = source == i
+            first = self._ends[i] - len(self._parts[i])
+            for name, rows in self._parts[i].read(numbers[inside] - first, with_docs).items():
+                if name not in joined:
+                    joined[name] = np.empty((len(numbers), *rows.shape[1:]), rows.dtype)
+                joined[name][inside] = rows
+        return joined
 
 
 def _target_weights(

@@ -114,6 +114,14 @@ def list_shards(pattern: str) -> dict[Path, str]:
     return {path: path.relative_to(folder).as_posix() for path in sorted(set(found))}
 
 
+def are_shards(pattern: str) -> bool:
+    """Returns whether a folder, file or glob names token shards; see list_shards."""
+    try:
+        return all(path.suffix in SUFFIXES for path in list_shards(pattern))
+    except ValueError:
+        return False
+
+
 def _is_literal(path: Path) -> bool:
     """Returns whether a path exists that its last name, read as a glob, would not match."""
     is_glob = glob.has_magic(path.name) and fnmatch.fnmatchcase(path.name, path.name)

@@ -68,3 +68,16 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
         x[outside] = _shuffle_grid(x[outside], rows, columns, keys)
         outside = outside[x[outside] >= limit]
     return x.astype(np.int64)
+
+
+def shuffled_epochs(positions: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """Returns the items at positions of an endless list of epochs, [N] int64 in [0, n).
+
+    Each epoch holds all n items, in its own order.
+    """
+    epochs, indices = np.divmod(positions, n)
+    shuffled = np.empty_like(indices)
+    for epoch in np.unique(epochs):
+        inside = epochs == epoch
+        shuffled[inside] = permute(indices[inside], n, seed, int(epoch))
+    return shuffled

@@ -14,7 +14,7 @@ def check_source(cfg: DataConfig, vocab_size: int) -> None:
     Raises:
         ValueError: neither data.shards nor data.text is set, and data.tokenizer is not bytes.
     """
-    if not (cfg.shards or cfg.text or cfg.tokenizer == "bytes"):
+    if not (cfg.shards or cfg.text or cfg.mixture or cfg.tokenizer == "bytes"):
         raise ValueError(
             f"data.shards or data.text must be set for model.V={vocab_size} and "
             f"data.tokenizer={cfg.tokenizer}; got neither, and the default text, Python's standard "

@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
-from jaxtrain.config.sections import DataConfig
+from jaxtrain.config.data_section import DataConfig
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.metrics.flops import training_flops
 from jaxtrain.metrics.hlo_collectives import Collective, find_collectives

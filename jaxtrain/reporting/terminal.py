@@ -3,6 +3,7 @@
 import logging as std_logging
 import math
 import os
+import re
 import sys
 import time
 from contextlib import nullcontext
@@ -122,10 +123,15 @@ def step_text(metrics: dict, eta_s: float | None, columns: int | None = None) ->
 
 
 def eval_text(metrics: dict) -> str:
-    """Returns `loss 1.702 nats/token  2.456 bits/byte  of 65,536 tokens`, without unknown parts."""
+    """Returns `loss 1.702 nats/token  2.456 bits/byte  of 65,536 tokens`, without unknown parts.
+
+    The losses of a mixture's sources follow, as `  web 1.650  code 2.010`.
+    """
     bits = f"  {metrics[EVAL_BITS]:.3f} bits/byte" if EVAL_BITS in metrics else ""
     tokens = f"  of {metrics[EVAL_TOKENS]:,} tokens" if EVAL_TOKENS in metrics else ""
-    return f"loss {metrics[EVAL_LOSS]:.3f} nats/token{bits}{tokens}"
+    own = re.compile("eval/(.+)_loss_nats").fullmatch
+    sources = [f"  {m[1]} {metrics[name]:.3f}" for name in metrics if (m := own(name))]
+    return f"loss {metrics[EVAL_LOSS]:.3f} nats/token{bits}{tokens}{''.join(sources)}"
 
 
 def closing_lines(summary: dict) -> list[str]:

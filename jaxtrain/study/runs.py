@@ -1,13 +1,16 @@
 """Trains the runs of a study, each in an ordinary run directory, and reads their results."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtrain.config.train_config import TrainConfig, flatten, freeze, to_dict
-from jaxtrain.data.corpus import Corpus, open_corpus
+from jaxtrain.config.mixture_fields import parse_sources
+from jaxtrain.config.train_config import TrainConfig, flatten
+from jaxtrain.data.corpus import Corpus
+from jaxtrain.data.sources import MixedCorpus, open_split, point_at_shards
 from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.metrics.jsonl import FILE, read_metrics
 from jaxtrain.reporting.loss_curve import smooth
@@ -54,17 +57,13 @@ class Result(NamedTuple):
         return self.loss == float("inf")
 
 
-def open_data(base: TrainConfig, workdir: Path) -> tuple[TrainConfig, Corpus]:
+def open_data(base: TrainConfig, workdir: Path) -> tuple[TrainConfig, Corpus | MixedCorpus]:
     """Returns the base config with shards as its data, and the corpus.
 
     Text is encoded once, below the study's folder, and not again by every run.
     """
-    corpus = open_corpus(base.data, "train", base.model.V, workdir)
-    if base.data.shards:
-        return base, corpus
-    values = to_dict(base)
-    values["data"] |= {"text": "", "shards": str(Path(corpus.shards[0].path).parent)}
-    return freeze(values), corpus
+    corpus = open_split(base.data, "train", base.model.V, workdir, base.steps)
+    return dataclasses.replace(base, data=point_at_shards(base.data, corpus)), corpus
 
 
 def is_finished(trial: Trial) -> bool:
@@ -98,10 +97,11 @@ def check_folder(trial: Trial) -> None:
 def _identity(cfg: TrainConfig) -> dict[str, Any]:
     """Returns the fields that decide what is trained.
 
-    data.shards is compared by its folder's name only, which is a hash if the study encoded text.
+    Paths of data are compared by the folder's name only, which is a hash if the study encoded text.
     """
     values = {k: v for k, v in flatten(cfg).items() if k not in ("workdir", "compile_cache")}
-    return values | {"data.shards": Path(cfg.data.shards).name}
+    sources = {name: Path(path).name for name, path in parse_sources(cfg.data.mixture).items()}
+    return values | {"data.shards": Path(cfg.data.shards).name, "data.mixture": str(sources)}
 
 
 def run_trial(

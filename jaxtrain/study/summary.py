@@ -12,6 +12,7 @@ import jax
 
 import jaxtrain.config.train_config as config_lib
 from jaxtrain.data.corpus import Corpus
+from jaxtrain.data.sources import MixedCorpus
 from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.reporting.table import format_table
 from jaxtrain.study import statistics as st
@@ -164,7 +165,7 @@ def _overall_lines(plan: StudyPlan, summary: Summary) -> list[str]:
 
 def write_summary(
     plan: StudyPlan,
-    corpus: Corpus,
+    corpus: Corpus | MixedCorpus,
     header: Sequence[str],
     cells: Sequence[CellRuns],
     summary: Summary,

@@ -9,6 +9,8 @@ from jax.sharding import Mesh
 
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.data.corpus import Corpus
+from jaxtrain.data.loader import build_eval_batches
+from jaxtrain.data.sources import MixedCorpus, list_corpora
 from jaxtrain.distributed.mesh import replicated
 from jaxtrain.optim.acceleration import eval_params
 from jaxtrain.training.run import Run
@@ -38,7 +40,9 @@ def build_eval_step(run: Run) -> Callable:
     return jax.jit(eval_step, out_shardings=replicated(run.mesh))
 
 
-def build_byte_counter(corpus: Corpus, mesh: Mesh) -> Callable[[dict], jax.Array] | None:
+def build_byte_counter(
+    corpus: Corpus | MixedCorpus, mesh: Mesh
+) -> Callable[[dict], jax.Array] | None:
     """Returns count(batch) -> int32 [], the bytes of text that a batch's targets stand for.
 
     It is a separate program, so that the evaluation step is the same with and without it. A token
@@ -99,6 +103,55 @@ def evaluate(
     if text_bytes:
         metrics["eval/bits_per_byte"] = nats / math.log(2) / text_bytes
     return metrics
+
+
+def evaluate_sources(
+    run: Run,
+    state: TrainState,
+    corpus: Corpus | MixedCorpus,
+    eval_step: Callable,
+    count_bytes: Callable[[dict], jax.Array] | None = None,
+    max_tokens: int = 0,
+    stop_signal: Callable = lambda: None,
+    watch: Callable[[Iterable[dict]], Iterable[dict]] = lambda batches: batches,
+) -> dict[str, float] | None:
+    """Returns what evaluate does; for a mixture, also "eval/SOURCE_loss_nats" and the like.
+
+    Each source of a mixture is evaluated on its own held-out text. The figures without a source's
+    name are those of text in which the sources have the shares that they have in the whole run.
+
+    Args:
+        max_tokens: over all sources, each of which reads an equal part of them; 0 reads everything.
+        watch: returns the batches of a source, and shows the progress.
+    """
+    found: dict[str, dict[str, float]] = {}
+    corpora = list_corpora(corpus)
+    for name, part in corpora.items():
+        batches = watch(build_eval_batches(run.cfg.data, part, run.mesh))
+        limit = -(-max_tokens // len(corpora))
+        metrics = evaluate(eval_step, state, batches, count_bytes, limit, stop_signal)
+        if metrics is None:
+            return None
+        found[name] = metrics
+    return _mix(found, corpus.shares) if isinstance(corpus, MixedCorpus) else found[""]
+
+
+def _mix(found: dict[str, dict[str, float]], shares: dict[str, float]) -> dict[str, float]:
+    """Returns the metrics of a mixture from those of its sources."""
+    loss, bits = "eval/loss_nats", "eval/bits_per_byte"
+    mixed = {
+        loss: sum(shares[name] * metrics[loss] for name, metrics in found.items()),
+        "eval/tokens": sum(metrics["eval/tokens"] for metrics in found.values()),
+    }
+    if all(bits in metrics for metrics in found.values()):
+        # A source's nats/token over its bits/byte are its bytes per token, up to a constant.
+        size = lambda metrics: metrics[loss] / metrics[bits] if metrics[bits] else 0.0
+        text_bytes = sum(shares[name] * size(metrics) for name, metrics in found.items())
+        mixed[bits] = mixed[loss] / text_bytes if text_bytes else 0.0
+    for name, metrics in found.items():
+        own = {key: metrics[key] for key in (loss, bits) if key in metrics}
+        mixed |= {key.replace("/", f"/{name}_"): value for key, value in own.items()}
+    return mixed
 
 
 def token_limit(cfg: TrainConfig) -> int:

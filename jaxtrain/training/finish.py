@@ -6,11 +6,13 @@ from pathlib import Path
 
 from jaxtrain.config.shell_commands import shell_command
 from jaxtrain.data.corpus import Corpus
+from jaxtrain.data.sources import MixedCorpus, list_corpora
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.distributed.heartbeat import beat
 from jaxtrain.distributed.preemption import exit_status_of
 from jaxtrain.optim.acceleration import describe_evaluated_weights
 from jaxtrain.training.loop import Loop
+from jaxtrain.training.mixture_report import source_table
 from jaxtrain.training.sampling import (
     complete,
     decode_shell_text,
@@ -24,7 +26,7 @@ SAMPLE_FLAG = "--sample.prompt"
 PROMPT_TOKENS = 64  # of held-out text, if sample.prompt is empty
 
 
-def finish_run(loop: Loop, corpus: Corpus, stopped_by: signal.Signals | None) -> int:
+def finish_run(loop: Loop, corpus: Corpus | MixedCorpus, stopped_by: signal.Signals | None) -> int:
     """Writes the summary; a completed run is evaluated and sampled from first.
 
     Args:
@@ -45,7 +47,11 @@ def finish_run(loop: Loop, corpus: Corpus, stopped_by: signal.Signals | None) ->
         loop.checkpoints.wait()
     summary = {"stopped_by": stopped_by and stopped_by.name, "versions": library_versions()}
     summary["eval_at"] = describe_evaluated_weights(loop.state.opt_state)
+    if sources := loop.batches.sources:
+        summary["sources"] = sources.read_by(loop.batches.step)
     logger.finish(loop.collector.total() | summary)
+    if sources:
+        logger.note(source_table(sources, loop.batches.step))
     if stopped_by is None:
         for line in next_commands(cfg.workdir):
             logger.note(line)
@@ -55,7 +61,7 @@ def finish_run(loop: Loop, corpus: Corpus, stopped_by: signal.Signals | None) ->
     return exit_status_of(stopped_by)
 
 
-def print_sample(loop: Loop, corpus: Corpus) -> None:
+def print_sample(loop: Loop, corpus: Corpus | MixedCorpus) -> None:
     """Prints a prompt, its continuation by the trained weights, and the sampling speed."""
     cfg = loop.cfg.sample
     if not cfg.tokens:
@@ -64,7 +70,8 @@ def print_sample(loop: Loop, corpus: Corpus) -> None:
         loop.logger.note("no sample: the shards do not name their tokenizer")
         return
     tokenizer = build_tokenizer(corpus.tokenizer_name)
-    ids = loop.held_out.read(0, 1, 1 + PROMPT_TOKENS)
+    [held_out, *_] = list_corpora(loop.held_out).values()
+    ids = held_out.read(0, 1, 1 + PROMPT_TOKENS)
     if cfg.prompt:
         ids = tokenizer.encode(decode_shell_text(cfg.prompt, SAMPLE_FLAG))
     prompt_tokens, tokens = fit_positions(loop.cfg.model, len(ids), cfg.tokens)

@@ -11,7 +11,8 @@ import jax
 import jaxtrain.config.train_config as config_lib
 from jaxtrain.checkpoint.manager import Checkpoints
 from jaxtrain.data.corpus import Corpus
-from jaxtrain.data.loader import Batches, build_eval_batches
+from jaxtrain.data.loader import Batches
+from jaxtrain.data.sources import MixedCorpus
 from jaxtrain.distributed.broadcast import broadcast_from_process_0
 from jaxtrain.distributed.heartbeat import beat
 from jaxtrain.distributed.preemption import StopListener
@@ -24,7 +25,7 @@ from jaxtrain.sites.rounds import Rounds
 from jaxtrain.training.evaluation import (
     build_byte_counter,
     build_eval_step,
-    evaluate,
+    evaluate_sources,
     token_limit,
     warn_of_noise,
 )
@@ -66,7 +67,7 @@ class Loop:
         step: Step,
         diagnosis: Step | None,
         batches: Batches,
-        held_out: Corpus,
+        held_out: Corpus | MixedCorpus,
         checkpoints: Checkpoints,
         logger: RunLogger,
         collector: Collector,
@@ -187,6 +188,7 @@ class Loop:
         self.logger.advance(step)
         if step % self.cfg.log_every == 0 or step == self.cfg.steps or bad_steps:
             metrics = {name: float(x) for name, x in jax.device_get(scalars).items()}
+            metrics |= self.batches.source_metrics(step)
             self.logger.write(step, metrics | self.collector.summary())
         if bad_steps:
             self.logger.note(f"step {step} skipped: its loss or its gradient is not finite")
@@ -218,9 +220,8 @@ class Loop:
         beat("eval")
         self.stop.defer_signals(IN_EVALUATION)
         with self._pause("eval"):
-            batches = build_eval_batches(self.cfg.data, self.held_out, self.run.mesh)
-            given = self.eval_step, self.state, batches, self._count_bytes, token_limit(self.cfg)
-            metrics = evaluate(*given, self.stop.agreed_signal)
+            given = self.run, self.state, self.held_out, self.eval_step, self._count_bytes
+            metrics = evaluate_sources(*given, token_limit(self.cfg), self.stop.agreed_signal)
         self.stop.defer_signals(IN_STEP)
         if metrics is None:
             self.logger.note(

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtrain.checkpoint.manager import Checkpoints, Restored
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.data.corpus import Corpus
+from jaxtrain.data.sources import MixedCorpus, list_corpora
 from jaxtrain.distributed import memory
 from jaxtrain.distributed.runtime import uses_compile_cache
 from jaxtrain.metrics.collector import Collector
@@ -43,7 +44,7 @@ STORAGE_NOTES = {
 
 def startup_lines(
     run: Run,
-    corpus: Corpus,
+    corpus: Corpus | MixedCorpus,
     checkpoints: Checkpoints,
     restored: Restored | None,
     dtype_reason: str = "",
@@ -183,7 +184,7 @@ def describe_program(root: Path = ROOT) -> str:
 
 def build_config_json(
     run: Run,
-    corpus: Corpus,
+    corpus: Corpus | MixedCorpus,
     hosts: list[str] | None = None,
     work: StepWork | None = None,
     collector: Collector | None = None,
@@ -221,5 +222,10 @@ def build_config_json(
             "fingerprint": corpus.fingerprint,
             "tokens": corpus.tokens,
             "tokenizer": corpus.tokenizer_name,
+            "sources": {
+                name: {"fingerprint": part.fingerprint, "tokens": part.tokens}
+                for name, part in list_corpora(corpus).items()
+                if name
+            },
         },
     }

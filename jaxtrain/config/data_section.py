@@ -1,0 +1,71 @@
+"""The section of a TrainConfig on data: text or token shards, of one source or of several."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtrain.config.fields import Section, knob
+from jaxtrain.config.mixture_fields import parse_epochs, parse_sources, parse_stages
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    PREFIX = "data."
+
+    text: str = knob("", "file or folder of text; empty uses Python's standard library")
+    text_field: str = knob("text", "key or column of the text if data.text is JSON or a table")
+    shards: str = knob("", "folder, file or glob of token shards; empty encodes data.text")
+    mixture: str = knob(
+        "",
+        "several sources instead of data.text or data.shards: 'web=PATH code=PATH', each a path of "
+        "text or of token shards",
+    )
+    stages: str = knob(
+        "",
+        "weights of the sources of data.mixture, by stage: 'web 0.9, code 0.1 until 80%; web 0.5, "
+        "code 0.5'; a stage ends at a share of the run's steps, or at a number of tokens as in "
+        "'until 2e9'",
+    )
+    max_epochs: str = knob(
+        "",
+        "most times that the run may read a source of data.mixture: '4', or 'web 1, code 4'; empty "
+        "sets no limit",
+    )
+    shard_format: str = knob(
+        "auto",
+        "file format of the shards; auto detects it",
+        choices=("auto", "llmc", "nanogpt", "megatron"),
+    )
+    tokenizer: str = knob("bytes", "'bytes', 'gpt2' or the path of a tokenizer.json")
+    val_fraction: float = knob(0.05, "held-out fraction of data.text", low=0.0, high=0.5)
+    batch: int = knob(8, "sequences per step, on all devices together", unit="sequences", low=1)
+    seq_len: int = knob(256, "length of each sequence", unit="tokens", low=1)
+    pack: bool = knob(False, "fit whole documents into sequences instead of cutting them")
+    document_mask: bool = knob(False, "mask attention between different documents of a sequence")
+    eot: int = knob(
+        -1,
+        "id of the token that separates documents in the shards; -1 takes it from their meta.json",
+        low=-1,
+    )
+    prefetch: int = knob(2, "batches to read ahead of the step; 0 reads in the loop", low=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.mixture:
+            for name in ("stages", "max_epochs"):
+                if getattr(self, name):
+                    self.fail(name, "must be empty without data.mixture")
+            return
+        for name in ("text", "shards"):
+            if getattr(self, name):
+                self.fail(name, "must be empty with data.mixture, which names all sources")
+        sources = self._read("mixture", lambda: parse_sources(self.mixture))
+        self._read("stages", lambda: parse_stages(self.stages, sources))
+        self._read("max_epochs", lambda: parse_epochs(self.max_epochs, sources))
+
+    def _read(self, name: str, parse: Callable[[], Any]) -> Any:
+        """Returns what a field's text stands for; raises ValueError with its flag and value."""
+        try:
+            return parse()
+        except ValueError as error:
+            self.fail(name, str(error))

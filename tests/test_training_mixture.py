@@ -1,0 +1,56 @@
+"""A whole run on a mixture, in this process."""
+
+import json
+
+import jax
+import pytest
+
+import runs
+from jaxtrain.metrics.jsonl import read_metrics
+from jaxtrain.train import train
+
+SMALL = {"model__L": 1, "model__D": 16, "model__F": 32, "optim__name": "adamw"}
+SMALL |= {"sample__tokens": 0, "eval_every": 6, "data__val_fraction": 0.2}
+
+
+def config(folder, steps):
+    stages = "plus 0.75, words 0.25 until 3072; plus 0.1, words 0.9"  # from step 12 on
+    mixture = f"plus='{folder}/plus.txt' words='{folder}/words'"
+    values = SMALL | {"data__mixture": mixture, "data__stages": stages, "steps": steps}
+    return runs.debug_config(folder / "run", "", **values)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("a mixture")
+    sums = [f"{a} plus {b} is {a + b}\n" for a in range(60) for b in range(60)]
+    (folder / "plus.txt").write_text("".join(sums))
+    (folder / "words").mkdir()
+    for i in range(20):
+        (folder / "words" / f"{i}.txt").write_text("nothing but words " * 50)
+    return folder
+
+
+def test_a_run_reports_exact_counts_and_losses_of_each_source(folder, capsys):
+    assert train(config(folder, 16), jax.devices()[:1]) == 0
+    out = capsys.readouterr().out
+    assert "stage 2   steps 13 to 16: plus 0.1, words 0.9; exact in any 10 sequences" in out
+    tokens = {"plus": 72 + 3, "words": 24 + 29}  # sequences of 12 + 4 steps of 8
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    for name, figures in summary["sources"].items():
+        assert figures["tokens"] == tokens[name] * 32
+        assert figures["epochs"] == figures["tokens"] / figures["stored_tokens"]
+        assert figures["unread_tokens"] == max(0, figures["stored_tokens"] - figures["tokens"])
+    records = read_metrics(folder / "run" / "metrics.jsonl")
+    counted = {r["step"]: r["data/plus_tokens"] for r in records if "data/plus_tokens" in r}
+    assert [counted[step] for step in (1, 6, 12)] == [6 * 32, 36 * 32, 72 * 32]
+    losses = [r for r in records if "eval/plus_loss_nats" in r]
+    assert [r["step"] for r in losses] == [6, 12, 16]
+    share = summary["sources"]["plus"]["tokens"] / (16 * 8 * 32)
+    own = [summary[f"eval/{name}_loss_nats"] for name in ("plus", "words")]
+    assert own[0] != own[1]
+    assert summary["eval/loss_nats"] == pytest.approx(share * own[0] + (1 - share) * own[1])
+    bits = [summary[f"eval/{name}_bits_per_byte"] for name in ("plus", "words")]
+    assert min(bits) < summary["eval/bits_per_byte"] < max(bits)
+    config_json = json.loads((folder / "run" / "config.json").read_text())
+    assert list(config_json["data"]["sources"]) == ["plus", "words"]
