@@ -146,7 +146,7 @@ def train(
         logger.print_header(startup_lines(run, corpus, checkpoints, restored, dtype_reason))
         logger.print_header(mixture_lines(corpus, batches))
         if rounds:
-            rounds.open_ledger(workdir, first, logger.note)
+            rounds.log.open(workdir, first, logger.note)
             logger.print_header(("sites", line) for line in rounds.describe())
         logger.print_header(("lock", line) for line in lock.describe())
         place = member.describe() if member else None
