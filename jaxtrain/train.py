@@ -31,9 +31,8 @@ from jaxtrain.checkpoint.zarr import check_path
 from jaxtrain.config.command_line import CommandForm
 from jaxtrain.config.help_text import describe_flags
 from jaxtrain.config.shell_commands import current_command
-from jaxtrain.data.corpus import Corpus
 from jaxtrain.data.loader import build_batches
-from jaxtrain.data.sources import MixedCorpus, open_splits
+from jaxtrain.data.sources import AnyCorpus, open_splits
 from jaxtrain.data.vocabulary import check_source
 from jaxtrain.distributed.broadcast import (
     broadcast_from_process_0,
@@ -180,7 +179,7 @@ def join_sites(
     stack: contextlib.ExitStack,
     member: Membership | None,
     run: Run,
-    corpus: Corpus | MixedCorpus,
+    corpus: AnyCorpus,
 ) -> Rounds | None:
     """Connects to the other sites until `stack` is closed; returns None without several sites.
 
@@ -230,7 +229,7 @@ def lock_workdir(cfg: config_lib.TrainConfig) -> Iterator[RunLock]:
         yield lock
 
 
-def open_data(cfg: config_lib.TrainConfig, workdir: Path) -> list[Corpus | MixedCorpus]:
+def open_data(cfg: config_lib.TrainConfig, workdir: Path) -> list[AnyCorpus]:
     """Returns what to train on and what to evaluate on, which all processes must read alike."""
     opened = run_on_all_processes(lambda: open_splits(cfg.data, cfg.model.V, workdir, cfg.steps))
     check_same_on_all_processes("the data", opened[0].fingerprint)

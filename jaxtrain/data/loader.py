@@ -25,7 +25,7 @@ from jaxtrain.data.mixture import MixedOrder
 from jaxtrain.data.mixture_state import describe_changes, stored_mixture
 from jaxtrain.data.sequences import JoinedSequences, PackedSequences, WindowSequences
 from jaxtrain.data.source_counts import SourceCounts
-from jaxtrain.data.sources import MixedCorpus, list_corpora
+from jaxtrain.data.sources import AnyCorpus, MixedCorpus, list_corpora
 from jaxtrain.distributed.mesh import batch_sharding
 
 STATE_FLAGS = {
@@ -76,7 +76,7 @@ class Batches:
     def __init__(
         self,
         cfg: DataConfig,
-        corpus: Corpus | MixedCorpus,
+        corpus: AnyCorpus,
         mesh: Mesh,
         seed: int,
         site: tuple[int, int] = (0, 1),
@@ -230,7 +230,7 @@ def _check_sizes(cfg: DataConfig, corpus: MixedCorpus, sizes: list[int]) -> None
 
 def build_batches(
     cfg: DataConfig,
-    corpus: Corpus | MixedCorpus,
+    corpus: AnyCorpus,
     mesh: Mesh,
     seed: int,
     site: tuple[int, int] = (0, 1),

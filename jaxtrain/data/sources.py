@@ -84,6 +84,9 @@ class MixedCorpus:
         )
 
 
+AnyCorpus = Corpus | MixedCorpus
+
+
 class _Plan(NamedTuple):
     """What the config says of a mixture, in places."""
 
@@ -95,7 +98,7 @@ class _Plan(NamedTuple):
 
 def open_split(
     cfg: DataConfig, split: str, vocab_size: int, workdir: str | Path, steps: int
-) -> Corpus | MixedCorpus:
+) -> AnyCorpus:
     """Returns the corpus of a split, or the sources of data.mixture.
 
     Args:
@@ -139,7 +142,7 @@ def source_config(cfg: DataConfig, name: str, path: str) -> DataConfig:
 
 def open_splits(
     cfg: DataConfig, vocab_size: int, workdir: str | Path, steps: int
-) -> list[Corpus | MixedCorpus]:
+) -> list[AnyCorpus]:
     """Returns what to train on and what to evaluate on; notes warn of shards that are in both."""
     train, held_out = (
         open_split(cfg, split, vocab_size, workdir, steps) for split in ("train", "val")
@@ -153,7 +156,7 @@ def open_splits(
     return [*noted.values(), held_out]
 
 
-def point_at_shards(cfg: DataConfig, corpus: Corpus | MixedCorpus) -> DataConfig:
+def point_at_shards(cfg: DataConfig, corpus: AnyCorpus) -> DataConfig:
     """Returns the config with the folders of encoded shards in place of text."""
     folder = lambda part: str(Path(part.shards[0].path).parent)
     if not isinstance(corpus, MixedCorpus):
@@ -165,7 +168,7 @@ def point_at_shards(cfg: DataConfig, corpus: Corpus | MixedCorpus) -> DataConfig
     return dataclasses.replace(cfg, mixture=write_sources(paths))
 
 
-def list_corpora(corpus: Corpus | MixedCorpus) -> dict[str, Corpus]:
+def list_corpora(corpus: AnyCorpus) -> dict[str, Corpus]:
     """Returns the sources by name; a corpus that is no mixture has the name ""."""
     return corpus.sources if isinstance(corpus, MixedCorpus) else {"": corpus}
 

@@ -9,8 +9,7 @@ import numpy as np
 
 from jaxtrain.config.mixture_fields import parse_sources
 from jaxtrain.config.train_config import TrainConfig, flatten
-from jaxtrain.data.corpus import Corpus
-from jaxtrain.data.sources import MixedCorpus, open_split, point_at_shards
+from jaxtrain.data.sources import AnyCorpus, open_split, point_at_shards
 from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.metrics.jsonl import FILE, read_metrics
 from jaxtrain.reporting.loss_curve import smooth
@@ -57,7 +56,7 @@ class Result(NamedTuple):
         return self.loss == float("inf")
 
 
-def open_data(base: TrainConfig, workdir: Path) -> tuple[TrainConfig, Corpus | MixedCorpus]:
+def open_data(base: TrainConfig, workdir: Path) -> tuple[TrainConfig, AnyCorpus]:
     """Returns the base config with shards as its data, and the corpus.
 
     Text is encoded once, below the study's folder, and not again by every run.

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 import jaxtrain.config.train_config as config_lib
-from jaxtrain.data.corpus import Corpus
-from jaxtrain.data.sources import MixedCorpus
+from jaxtrain.data.sources import AnyCorpus
 from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.reporting.table import format_table
 from jaxtrain.study import statistics as st
@@ -165,7 +164,7 @@ def _overall_lines(plan: StudyPlan, summary: Summary) -> list[str]:
 
 def write_summary(
     plan: StudyPlan,
-    corpus: Corpus | MixedCorpus,
+    corpus: AnyCorpus,
     header: Sequence[str],
     cells: Sequence[CellRuns],
     summary: Summary,

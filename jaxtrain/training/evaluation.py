@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxtrain.config.train_config import TrainConfig
-from jaxtrain.data.corpus import Corpus
 from jaxtrain.data.loader import build_eval_batches
-from jaxtrain.data.sources import MixedCorpus, list_corpora
+from jaxtrain.data.sources import AnyCorpus, MixedCorpus, list_corpora
 from jaxtrain.distributed.mesh import replicated
 from jaxtrain.optim.acceleration import eval_params
 from jaxtrain.training.run import Run
@@ -40,9 +39,7 @@ def build_eval_step(run: Run) -> Callable:
     return jax.jit(eval_step, out_shardings=replicated(run.mesh))
 
 
-def build_byte_counter(
-    corpus: Corpus | MixedCorpus, mesh: Mesh
-) -> Callable[[dict], jax.Array] | None:
+def build_byte_counter(corpus: AnyCorpus, mesh: Mesh) -> Callable[[dict], jax.Array] | None:
     """Returns count(batch) -> int32 [], the bytes of text that a batch's targets stand for.
 
     It is a separate program, so that the evaluation step is the same with and without it. A token
@@ -108,7 +105,7 @@ def evaluate(
 def evaluate_sources(
     run: Run,
     state: TrainState,
-    corpus: Corpus | MixedCorpus,
+    corpus: AnyCorpus,
     eval_step: Callable,
     count_bytes: Callable[[dict], jax.Array] | None = None,
     max_tokens: int = 0,

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxtrain.config.shell_commands import shell_command
-from jaxtrain.data.corpus import Corpus
-from jaxtrain.data.sources import MixedCorpus, list_corpora
+from jaxtrain.data.sources import AnyCorpus, list_corpora
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.distributed.heartbeat import beat
 from jaxtrain.distributed.preemption import exit_status_of
@@ -26,7 +25,7 @@ SAMPLE_FLAG = "--sample.prompt"
 PROMPT_TOKENS = 64  # of held-out text, if sample.prompt is empty
 
 
-def finish_run(loop: Loop, corpus: Corpus | MixedCorpus, stopped_by: signal.Signals | None) -> int:
+def finish_run(loop: Loop, corpus: AnyCorpus, stopped_by: signal.Signals | None) -> int:
     """Writes the summary; a completed run is evaluated and sampled from first.
 
     Args:
@@ -61,7 +60,7 @@ def finish_run(loop: Loop, corpus: Corpus | MixedCorpus, stopped_by: signal.Sign
     return exit_status_of(stopped_by)
 
 
-def print_sample(loop: Loop, corpus: Corpus | MixedCorpus) -> None:
+def print_sample(loop: Loop, corpus: AnyCorpus) -> None:
     """Prints a prompt, its continuation by the trained weights, and the sampling speed."""
     cfg = loop.cfg.sample
     if not cfg.tokens:

@@ -10,9 +10,8 @@ import jax
 
 import jaxtrain.config.train_config as config_lib
 from jaxtrain.checkpoint.manager import Checkpoints
-from jaxtrain.data.corpus import Corpus
 from jaxtrain.data.loader import Batches
-from jaxtrain.data.sources import MixedCorpus
+from jaxtrain.data.sources import AnyCorpus
 from jaxtrain.distributed.broadcast import broadcast_from_process_0
 from jaxtrain.distributed.heartbeat import beat
 from jaxtrain.distributed.preemption import StopListener
@@ -67,7 +66,7 @@ class Loop:
         step: Step,
         diagnosis: Step | None,
         batches: Batches,
-        held_out: Corpus | MixedCorpus,
+        held_out: AnyCorpus,
         checkpoints: Checkpoints,
         logger: RunLogger,
         collector: Collector,
@@ -189,8 +188,8 @@ class Loop:
         self.logger.advance(step)
         if step % self.cfg.log_every == 0 or step == self.cfg.steps or bad_steps:
             metrics = {name: float(x) for name, x in jax.device_get(scalars).items()}
-            metrics |= self.batches.source_metrics(step)
-            self.logger.write(step, metrics | self.collector.summary())
+            metrics |= self.batches.source_metrics(step) | self.collector.summary()
+            self.logger.write(step, metrics)
         if bad_steps:
             self.logger.note(f"step {step} skipped: its loss or its gradient is not finite")
         if bad_steps >= self.cfg.max_bad_steps:

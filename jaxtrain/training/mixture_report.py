@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator
 
-from jaxtrain.data.corpus import Corpus
 from jaxtrain.data.loader import Batches
 from jaxtrain.data.source_counts import SourceCounts
-from jaxtrain.data.sources import MixedCorpus
+from jaxtrain.data.sources import AnyCorpus, MixedCorpus
 from jaxtrain.reporting.table import format_table
 
 
-def mixture_lines(corpus: Corpus | MixedCorpus, batches: Batches) -> Iterator[tuple[str, str]]:
+def mixture_lines(corpus: AnyCorpus, batches: Batches) -> Iterator[tuple[str, str]]:
     """Yields a mixture's sources, stages and planned counts, as (name, value) pairs.
 
     Yields nothing without a mixture.

@@ -14,8 +14,7 @@ from jax.sharding import Mesh
 
 from jaxtrain.checkpoint.manager import Checkpoints, Restored
 from jaxtrain.config import train_config as config_lib
-from jaxtrain.data.corpus import Corpus
-from jaxtrain.data.sources import MixedCorpus, list_corpora
+from jaxtrain.data.sources import AnyCorpus, list_corpora
 from jaxtrain.distributed import memory
 from jaxtrain.distributed.runtime import uses_compile_cache
 from jaxtrain.metrics.collector import Collector
@@ -44,7 +43,7 @@ STORAGE_NOTES = {
 
 def startup_lines(
     run: Run,
-    corpus: Corpus | MixedCorpus,
+    corpus: AnyCorpus,
     checkpoints: Checkpoints,
     restored: Restored | None,
     dtype_reason: str = "",
@@ -184,7 +183,7 @@ def describe_program(root: Path = ROOT) -> str:
 
 def build_config_json(
     run: Run,
-    corpus: Corpus | MixedCorpus,
+    corpus: AnyCorpus,
     hosts: list[str] | None = None,
     work: StepWork | None = None,
     collector: Collector | None = None,
