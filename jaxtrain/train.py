@@ -14,6 +14,7 @@ set.
 """
 
 import contextlib
+import functools
 import os
 import socket
 import time
@@ -22,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
-from absl import flags
+from absl import flags, logging
 
 import jaxtrain.config.train_config as config_lib
 from jaxtrain.checkpoint.manager import Checkpoints
@@ -54,6 +55,7 @@ from jaxtrain.metrics.step_log import StepLog
 from jaxtrain.ops.precision import resolve_dtype
 from jaxtrain.reporting.run_logger import RunLogger
 from jaxtrain.reporting.terminal import set_up_logging
+from jaxtrain.reporting.webhook import Webhook, read_url
 from jaxtrain.run_directory.contents import is_finished
 from jaxtrain.run_directory.lock import RunLock
 from jaxtrain.sites.rounds import Rounds
@@ -104,6 +106,7 @@ def train(
     cfg, dtype_reason = resolve_dtype(cfg, (devices or jax.devices())[0], cfg.workdir)
     check_source(cfg.data, cfg.model.V)
     decode_shell_text(cfg.sample.prompt, SAMPLE_FLAG)
+    webhook = open_webhook(cfg, quiet)
 
     # Mesh, kernel routes, model, loss and optimizer; no array is allocated yet.
     run = build_run(cfg, devices)
@@ -140,7 +143,7 @@ def train(
         stack.enter_context(checkpoints.add_newest_step_to_errors())
         active = jax.process_index() == 0
         title = f"{workdir.name}\n{run.parameters:,} parameters"
-        logger = RunLogger(workdir, cfg.steps, first, quiet, active, title, cfg.export)
+        logger = RunLogger(workdir, cfg.steps, first, quiet, active, title, cfg.export, webhook)
         stack.enter_context(logger)
         hosts = gather_texts(socket.gethostname())
         logger.print_header(startup_lines(run, corpus, checkpoints, restored, dtype_reason))
@@ -173,6 +176,19 @@ def train(
         start_s = time.perf_counter() - started_s - compile_s
         collector.start({"start": start_s, "compile": compile_s, "restart": logger.removed_s})
         return finish_run(loop, corpus, loop.run_to_end(stop))
+
+
+def open_webhook(cfg: config_lib.TrainConfig, quiet: bool) -> Webhook:
+    """Returns the webhook for a run's alerts, which only process 0 sends.
+
+    Raises:
+        ValueError: notify.url names no address.
+    """
+    sends = jax.process_index() == 0 and not quiet
+    url = run_on_all_processes(lambda: read_url(cfg.notify.url, "notify.url") if sends else "")
+    workdir, host = Path(cfg.workdir).resolve(), socket.gethostname()
+    warn = functools.partial(logging.warning, "%s")
+    return Webhook(url, f"{workdir.name} on {host}", warn, run=str(workdir), host=host)
 
 
 def join_sites(

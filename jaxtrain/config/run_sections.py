@@ -79,6 +79,18 @@ class ExportConfig(Section):
 
 
 @dataclass(frozen=True)
+class NotifyConfig(Section):
+    PREFIX = "notify."
+
+    url: str = knob(
+        "env:JAXTRAIN_NOTIFY_URL",
+        "where the address of a webhook is, which is told when the run diverges, fails, stops or "
+        "is done, and of slow processes: env:NAME or file:PATH; empty sends nothing. Slack, "
+        "Discord, ntfy or JSON",
+    )
+
+
+@dataclass(frozen=True)
 class SitesConfig(Section):
     """Training on several sites that exchange their changes of the weights now and then."""
 

@@ -41,6 +41,8 @@ IN_EVALUATION = "leaving the evaluation, saving, then stopping"
 class Diverged(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite."""
 
+    alert_event = "diverged"
+
 
 class Loop:
     """The loop over a run's steps, and its state between them.
@@ -284,10 +286,7 @@ class Loop:
         """Compares the processes; prints which have become stragglers, or are none any more."""
         self._collect_step()
         beat("compile")  # the first probe compiles its program
-        sentences, ratios = self.collector.probe_ranks(step)
-        for sentence in sentences:
-            self.logger.note(sentence)
-        self.logger.write_ranks(ratios)
+        self.logger.write_ranks(*self.collector.probe_ranks(step))
 
     def _toggle_trace(self) -> None:
         """Starts or stops the profiler while no step is in flight."""
