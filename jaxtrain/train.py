@@ -14,7 +14,6 @@ set.
 """
 
 import contextlib
-import functools
 import os
 import socket
 import time
@@ -23,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
-from absl import flags, logging
+from absl import flags
 
 import jaxtrain.config.train_config as config_lib
 from jaxtrain.checkpoint.manager import Checkpoints
@@ -55,7 +54,6 @@ from jaxtrain.metrics.step_log import StepLog
 from jaxtrain.ops.precision import resolve_dtype
 from jaxtrain.reporting.run_logger import RunLogger
 from jaxtrain.reporting.terminal import set_up_logging
-from jaxtrain.reporting.webhook import Webhook, read_url
 from jaxtrain.run_directory.contents import is_finished
 from jaxtrain.run_directory.lock import RunLock
 from jaxtrain.sites.rounds import Rounds
@@ -63,6 +61,7 @@ from jaxtrain.sites.start import Membership, check_sites_flags, open_rounds, rea
 from jaxtrain.training.diagnostic_step import compile_diagnosis
 from jaxtrain.training.finish import SAMPLE_FLAG, finish_run
 from jaxtrain.training.loop import Diverged, Loop
+from jaxtrain.training.reports import open_logger, open_webhook
 from jaxtrain.training.resume import start_state
 from jaxtrain.training.run import Run, build_run, compile_step
 from jaxtrain.training.sampling import decode_shell_text
@@ -141,10 +140,7 @@ def train(
 
         # Logging: the start-up lines, config.json and the metrics files.
         stack.enter_context(checkpoints.add_newest_step_to_errors())
-        active = jax.process_index() == 0
-        title = f"{workdir.name}\n{run.parameters:,} parameters"
-        logger = RunLogger(workdir, cfg.steps, first, quiet, active, title, cfg.export, webhook)
-        stack.enter_context(logger)
+        logger = stack.enter_context(open_logger(run, first, quiet, webhook))
         hosts = gather_texts(socket.gethostname())
         logger.print_header(startup_lines(run, corpus, checkpoints, restored, dtype_reason))
         if rounds:
@@ -176,19 +172,6 @@ def train(
         start_s = time.perf_counter() - started_s - compile_s
         collector.start({"start": start_s, "compile": compile_s, "restart": logger.removed_s})
         return finish_run(loop, corpus, loop.run_to_end(stop))
-
-
-def open_webhook(cfg: config_lib.TrainConfig, quiet: bool) -> Webhook:
-    """Returns the webhook for a run's alerts, which only process 0 sends.
-
-    Raises:
-        ValueError: notify.url names no address.
-    """
-    sends = jax.process_index() == 0 and not quiet
-    url = run_on_all_processes(lambda: read_url(cfg.notify.url, "notify.url") if sends else "")
-    workdir, host = Path(cfg.workdir).resolve(), socket.gethostname()
-    warn = functools.partial(logging.warning, "%s")
-    return Webhook(url, f"{workdir.name} on {host}", warn, run=str(workdir), host=host)
 
 
 def join_sites(
