@@ -144,7 +144,7 @@ def train(
         hosts = gather_texts(socket.gethostname())
         logger.print_header(startup_lines(run, corpus, checkpoints, restored, dtype_reason))
         if rounds:
-            rounds.open_ledger(workdir, first, logger.note)
+            rounds.log.open(workdir, first, logger.note)
             logger.print_header(("sites", line) for line in rounds.describe())
         logger.print_header(("lock", line) for line in lock.describe())
         place = member.describe() if member else None

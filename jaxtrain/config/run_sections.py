@@ -133,3 +133,15 @@ class SitesConfig(Section):
         unit="periods",
         low=0,
     )
+    on_loss: str = knob(
+        "wait",
+        "if a site is lost: wait for it, or go on with fewer, as the first site decides",
+        choices=("wait", "fewer"),
+    )
+    lost_s: float = knob(
+        600.0,
+        "time without a byte from a site, after which it counts as lost with on_loss=fewer; longer "
+        "than its restart takes",
+        unit="s",
+        low=1.0,
+    )
