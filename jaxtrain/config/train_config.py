@@ -23,6 +23,7 @@ from jaxtrain.config.run_sections import (
     ExportConfig,
     MeasureConfig,
     MeshConfig,
+    NotifyConfig,
     ProfileConfig,
     SampleConfig,
     SitesConfig,
@@ -44,7 +45,8 @@ SITE_FIELDS = (
     *("model.attention", "optim.total_steps", "optim.warmup_steps", "sites.period", "sites.delay"),
     *("log_every", "eval_every", "eval_from", "eval_tokens", "save_every", "keep_last"),
     *("keep_every", "diagnose_every", "max_bad_steps", "checkpoint.", "sample.", "measure."),
-    *("eval.", "profile.", "export.", "workdir", "compile_cache", "deterministic", "weights"),
+    *("eval.", "profile.", "export.", "notify.", "workdir", "compile_cache", "deterministic"),
+    "weights",
 )
 SectionType = TypeVar("SectionType", bound=Section)
 
@@ -123,6 +125,7 @@ class TrainConfig(Section):
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    notify: NotifyConfig = field(default_factory=NotifyConfig)
 
     def __post_init__(self):
         super().__post_init__()
@@ -254,7 +257,8 @@ def config_hash(config: TrainConfig) -> str:
     """
     # Without several sites, the hash is what it was before there were any.
     sites = () if config.sites.period else ("sites.",)
-    return _hash(config, "checkpoint.storage", "eval.", "measure.", "profile.", "export.", *sites)
+    reports = ("eval.", "measure.", "profile.", "export.", "notify.")
+    return _hash(config, "checkpoint.storage", *reports, *sites)
 
 
 def start_hash(config: TrainConfig) -> str:
