@@ -45,7 +45,7 @@ class Task:
             context_length: tokens that the model reads at most.
         """
         if self.corpus is not None:
-            return f"{self.name}: held-out text, {self.corpus.describe()}"
+            return f"{self.corpus.describe()}, held out"
         longest = [len(e.context) + max(map(len, e.choices)) for e in self.examples]
         cut = sum(tokens > context_length + 1 for tokens in longest)
         some = "" if len(self.examples) == self.total else f" of {self.total:,}"
@@ -135,6 +135,7 @@ def _open_held_out(
             )
     if tokenizer and corpus.tokenizer_name is None:
         corpus = replace(corpus, tokenizer_name=tokenizer.name)
+    corpus = replace(corpus, split=source.name)
     return Task(source.name, "heldout", 0, corpus=corpus, fingerprint=corpus.fingerprint)
 
 
