@@ -1,11 +1,20 @@
 import gc
 import os
+import shutil
+import tempfile
 
 import xla_flags
 
 # Set before jax is imported. Tests have 8 devices, of which a mesh may use some.
 os.environ["XLA_FLAGS"] = xla_flags.flags(devices=8)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# Half of a short run is the compilation of its step, and many tests compile the same one. xdist's
+# workers and the tests' child processes inherit this folder, which lasts as long as pytest runs.
+OWN_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
+if OWN_CACHE:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxtrain-tests-xla-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -91,6 +100,11 @@ def pytest_configure(config):
         raise pytest.UsageError(
             f"-m gpu needs a GPU; got {jax.default_backend()}. Set JAX_PLATFORMS=cuda."
         )
+
+
+def pytest_unconfigure():
+    if OWN_CACHE:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 def pytest_collection_finish():
