@@ -61,6 +61,7 @@ from jaxtrain.sites.start import Membership, check_sites_flags, open_rounds, rea
 from jaxtrain.training.diagnostic_step import compile_diagnosis
 from jaxtrain.training.finish import SAMPLE_FLAG, finish_run
 from jaxtrain.training.loop import Diverged, Loop
+from jaxtrain.training.reports import open_logger, open_webhook
 from jaxtrain.training.resume import start_state
 from jaxtrain.training.run import Run, build_run, compile_step
 from jaxtrain.training.sampling import decode_shell_text
@@ -104,6 +105,7 @@ def train(
     cfg, dtype_reason = resolve_dtype(cfg, (devices or jax.devices())[0], cfg.workdir)
     check_source(cfg.data, cfg.model.V)
     decode_shell_text(cfg.sample.prompt, SAMPLE_FLAG)
+    webhook = open_webhook(cfg, quiet)
 
     # Mesh, kernel routes, model, loss and optimizer; no array is allocated yet.
     run = build_run(cfg, devices)
@@ -138,14 +140,11 @@ def train(
 
         # Logging: the start-up lines, config.json and the metrics files.
         stack.enter_context(checkpoints.add_newest_step_to_errors())
-        active = jax.process_index() == 0
-        title = f"{workdir.name}\n{run.parameters:,} parameters"
-        logger = RunLogger(workdir, cfg.steps, first, quiet, active, title, cfg.export)
-        stack.enter_context(logger)
+        logger = stack.enter_context(open_logger(run, first, quiet, webhook))
         hosts = gather_texts(socket.gethostname())
         logger.print_header(startup_lines(run, corpus, checkpoints, restored, dtype_reason))
         if rounds:
-            rounds.open_ledger(workdir, first, logger.note)
+            rounds.log.open(workdir, first, logger.note)
             logger.print_header(("sites", line) for line in rounds.describe())
         logger.print_header(("lock", line) for line in lock.describe())
         place = member.describe() if member else None

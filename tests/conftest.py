@@ -73,7 +73,7 @@ metrics_mfu model_layer_kinds model_loss ops_fused ops_precision ops_routes opti
 optim_build optim_build_acceleration optim_build_restart optim_build_state optim_default_axes
 optim_diagnostics optim_lmo
 optim_muon optim_newton_schulz optim_noise optim_normuon optim_owners optim_precision optim_recipes
-optim_soap relay reporting_loss_curve reporting_run_logger sites_fragments sites_rounds
+optim_soap relay reporting_loss_curve reporting_run_logger sites_fragments sites_lost sites_rounds
 study_scaling study_work track3
 train_run_directory train_together training_loop training_phases training_startup
 """

@@ -79,6 +79,7 @@ class MemoryExchange:
             codes={k: {link_of[k]: found[k][0]} for k in order},
             tokens={k: found[k][1] for k in order},
             participants=tuple(range(self.hub.sites)),
+            admitted=(),
             payload_bytes=(len(own[0]), sum(len(found[k][0]) for k in order)),
             wire_bytes=(0, 0),
             seconds=0.0,
@@ -119,7 +120,9 @@ def programs_of(run_id, fragments):
 class Site:
     """One site: its state, its batches and its rounds."""
 
-    def __init__(self, built, hub, site, steps, saved=None, workdir=None, **sites):
+    def __init__(
+        self, built, hub, site, steps, saved=None, workdir=None, open_exchange=None, **sites
+    ):
         self.run, self.step, corpus, start = built
         cfg, run = self.run.cfg, self.run
         section = SitesConfig(**{"rate": 1.0, "momentum": 0.0} | sites)
@@ -129,7 +132,8 @@ class Site:
         tokens = cfg.data.batch * cfg.data.seq_len
         places = Places(programs, shardings, names, site, steps, tokens)
         blocks = [program.layout.fragment.blocks for program in programs]
-        exchange = MemoryExchange(hub, site, blocks)
+        exchange = open_exchange(blocks) if open_exchange else MemoryExchange(hub, site, blocks)
+        self.notes = []
         self.rounds, self.hub, self.steps = Rounds(section, places, exchange), hub, steps
         self.batches = build_batches(cfg.data, corpus, run.mesh, cfg.seed, (site, hub.sites))
         self.first, self.saves, self.metrics = 0, {}, []
@@ -143,24 +147,31 @@ class Site:
                 self.state = jax.device_put(start, shardings)
                 self.rounds.begin(self.state)
         if workdir:
-            self.rounds.open_ledger(workdir, self.first, lambda line: None)
+            self.rounds.log.open(workdir, self.first, self.notes.append)
 
     def train(self, until=None, before=lambda site, step: None, stop=lambda: None, save=()):
         """Trains up to a step; `before` is called before the rounds of each step."""
-        rates = self.run.rates()
+        rates, step, until = self.run.rates(), self.first, until or self.steps
         with self.rounds, self.batches, jax.set_mesh(self.run.mesh):
-            after = lambda step: self.rounds.after_step(self.state, step, stop, nullcontext)
             if self.first:
-                self.state = after(self.first)
-            for step in range(self.first + 1, (until or self.steps) + 1):
+                step = self._exchange(step, stop)
+            while step < until:
+                step += 1
                 self.state, _ = self.step(self.state, next(self.batches), rates)
                 before(self, step)
-                self.state = after(step)
-                self.metrics += self.rounds.take_metrics()
+                step = self._exchange(step, stop)
                 if step in save:
                     tree, meta = add_outer_state(self.rounds, self.state, step, [])
                     self.saves[step] = jax.device_get(tree), meta, step
         return self
+
+    def _exchange(self, step, stop):
+        """Does what jaxtrain.training.loop does after a step."""
+        self.state, new_step = self.rounds.after_step(self.state, step, stop, nullcontext)
+        self.metrics += self.rounds.log.take_metrics()
+        if new_step != step:
+            self.batches.restore(self.batches.state() | {"step": new_step})
+        return new_step
 
     def weights(self):
         """Returns the evaluated weights, as one vector."""

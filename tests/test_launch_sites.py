@@ -179,7 +179,12 @@ def test_reports_show_a_run_per_site_and_check_each(tmp_path, monkeypatch, capsy
     monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
     monkeypatch.setattr(pull, "SshClient", LocalClient)
     for site in ("west", "east"):
-        folder = write_run(tmp_path / site, series(60, median_s=1.0 if site == "west" else 2.0))
+        place = {"name": site, "sites": ["west", "east"]}
+        times_s = series(60, median_s=1.0 if site == "west" else 2.0)
+        folder = write_run(tmp_path / site, times_s, site=place)
+        with open(folder / "metrics.jsonl", "a") as file:
+            for participants in (2, 1, 2):
+                file.write(json.dumps({"step": 60, "sites/participants": participants}) + "\n")
         host = Host("h", "127.0.0.1", python=sys.executable, workdir=str(tmp_path / f"on_{site}"))
         record = {"argv": [f"--config.workdir={folder}"], "env": {}, "site": site, "parent": "two"}
         Job.create([host], Policy(), "", f"two.{site}", **record, folders={})
@@ -189,6 +194,7 @@ def test_reports_show_a_run_per_site_and_check_each(tmp_path, monkeypatch, capsy
     assert [Path(line["run"]).name for line in lines] == ["west", "east"]
     assert summary.main(["two.east"]) == 0
     assert "east" in (out := capsys.readouterr().out) and "west: loss" not in out
+    assert re.search(r"rounds of sites +3, 1 without a site", out)
     base = str(tmp_path / "base.json")
     assert slo.main(["record", "two", f"--out={base}"]) == slo.REFUSED
     assert "one site, JOB.SITE" in capsys.readouterr().err

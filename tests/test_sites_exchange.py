@@ -1,5 +1,6 @@
 """Codes reach every other site once, intact and durably, whatever the connection does."""
 
+import concurrent.futures
 import contextlib
 import os
 import random
@@ -263,23 +264,31 @@ def test_a_process_exchanges_with_every_process_of_a_site_that_owns_its_blocks(t
         assert a.wait(0, 0, 10).codes == {1: {0: b"of b0", 1: b"of b1"}}
 
 
-def test_site_zero_decides_who_takes_part_and_a_site_left_out_learns_it(tmp_path):
+def test_the_first_site_decides_who_takes_part_and_a_site_left_out_gets_the_state(tmp_path):
     with Scene(tmp_path, sites=3) as scene:
-        a, b, c = (scene.start(name, decided=True) for name in "abc")
-        a.send(0, 0, {0: b"ab", 1: b"ac"}, 1, {})
-        b.send(0, 0, {0: b"ba", 1: b"bc"}, 2, {})
-        assert a.wait(0, 0, 0.2) is None  # undecided, although site 1 could go on
-        a.decide(0, 0, [0, 1])
-        assert b.wait(0, 0, 10).participants == (0, 1)
-        arrived = a.wait(0, 0, 10)
+        a, b, c = (scene.start(name, lost_s=60.0) for name in "abc")
+        a.send(0, 1, {0: b"ab", 1: b"ac"}, 1, {})
+        b.send(0, 1, {0: b"ba", 1: b"bc"}, 2, {})
+        assert a.wait(0, 1, 0.3) is None  # site c is heard, so it is waited for
+        a._lost_s = 0.2
+        c.close()
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            of_b = pool.submit(b.wait, 0, 1, 10)
+            arrived = a.wait(0, 1, 10)
+        assert of_b.result().participants == arrived.participants == (0, 1)
         assert arrived.codes == {1: {0: b"ba"}} and arrived.tokens == {1: 2}
+        c = scene.start("c", lost_s=60.0)
         with pytest.raises(SiteLeftOut) as left_out:
-            c.wait(0, 0, 10)
-        assert (left_out.value.fragment, left_out.value.round) == (0, 0)
-        c.post("request", 0, 0, {0: b""})
-        assert wait_until(lambda: a.posted("request") == [(2, 0, 0)])
-        a.post("state", 0, 0, {1: b"weights"})
-        assert wait_until(lambda: c.take("state", 0, 0, 0) == {0: b"weights"})
+            c.wait(0, 1, 10)
+        assert (left_out.value.fragment, left_out.value.round) == (0, 1)
+        c.post("request", 0, 1, {0: b""})
+        assert wait_until(lambda: a.posted("request") == [(2, 0, 1)])
+        a.send(0, 2, {0: b"ab", 1: b"ac"}, 1, {})
+        b.send(0, 2, {0: b"ba", 1: b"bc"}, 2, {})
+        assert a.wait(0, 2, 10).admitted == (2,) and not a.away()
+        a.post("state", 0, 2, {1: b"weights"})
+        assert wait_until(lambda: c.is_here("state", 0, 2, 0))
+        assert c.take("state", 0, 2, 0) == {0: b"weights"}
 
 
 def test_a_full_disk_stops_the_exchange_instead_of_acknowledging(scene, monkeypatch):

@@ -17,7 +17,8 @@ from jaxtrain.config import train_config as config_lib
 from jaxtrain.run_directory.contents import CONFIG, SUMMARY
 from jaxtrain.run_directory.lock import RunLock, RunLocked
 from jaxtrain.study.plan import build_plan
-from jaxtrain.study.runs import CLAIM, run_trial
+from jaxtrain.study.run_records import FILE, RunRecords, write_records
+from jaxtrain.study.runs import CLAIM, Result, run_trial
 from jaxtrain.study.summary import format_summary, summarise
 from jaxtrain.study.work import Work
 
@@ -36,7 +37,7 @@ def tiny_plan(folder):
     base.model.update(L=1, D=16, H=2, G=2, K=8, F=32)
     study = {
         "workdir": str(folder),
-        "contenders": {name: {} for name in NAMES},
+        "contenders": {name: {"optim": {"warmup_steps": i}} for i, name in enumerate(NAMES)},
         "grid": {name: {"optim": {"learning_rate": (0.01, 0.02, 0.04)}} for name in NAMES},
         "tune_adam": False,
         "search": "coordinates",
@@ -159,6 +160,60 @@ def test_a_horizon_starts_from_the_settings_of_the_one_before(outputs):
         and first.choices["muon"].setting == "learning_rate=0.04"
     )
     assert list(second.choices["muon"].losses)[0] == "learning_rate=0.04"
+
+
+def test_a_study_continues_elsewhere_from_the_records_of_its_runs(outputs, tmp_path):
+    plan = outputs[0]
+    lines = (Path(plan.study.workdir) / FILE).read_text().splitlines()
+    assert len(lines) == plan.runs - 3  # all that both processes trained
+    kept = [line for line in lines if json.loads(line)["config"].get("seed") != 3]
+    (tmp_path / FILE).write_text("\n".join(kept) + "\n")
+    trained, elsewhere = [], tiny_plan(tmp_path / "new")
+
+    def train(cfg, devices, quiet):
+        trained.append(cfg.seed)
+        return invent(cfg, devices, quiet)
+
+    process = Work(elsewhere, None, print, train, RunRecords(tmp_path / FILE))
+    process.run_all()
+    assert trained == [3] * 2 * len(NAMES)
+    tables = [
+        format_summary(p, summarise(p, w.finished()))
+        for p, w in ((plan, _all_read(plan)), (elsewhere, process))
+    ]
+    assert tables[0] == tables[1]
+    assert (tmp_path / "new" / FILE).read_text().splitlines() == lines
+
+
+def _all_read(plan):
+    process = Work(plan)
+    assert process.pending() == []
+    return process
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "No such file"),
+        ("{}\n", "line 1 of .*config"),
+        ('{"config": {}, "loss_nats": "x", "seconds": 1, "compile_s": 1}', "line 1 of "),
+        ("[1]", "line 1 of "),
+    ],
+)
+def test_a_file_that_is_none_of_records_is_refused(text, message, tmp_path):
+    if text is not None:
+        (tmp_path / FILE).write_text(text)
+    with pytest.raises(
+        ValueError, match=f"study.earlier must be a {FILE} of this study.*{message}"
+    ):
+        RunRecords(tmp_path / FILE)
+
+
+def test_a_run_that_diverged_is_recorded(tmp_path):
+    [trial] = tiny_plan(tmp_path).tuning("1x", "muon", [{"optim.learning_rate": 0.02}])
+    write_records(tmp_path / FILE, [Result(trial, math.inf, 1.0, 2.0, [(1, 0.5, 3.0)], [])])
+    found = RunRecords(tmp_path / FILE).find(trial)
+    assert found is not None and found.diverged and found.train == [(1.0, 0.5, 3.0)]
 
 
 if __name__ == "__main__":

@@ -79,6 +79,18 @@ class ExportConfig(Section):
 
 
 @dataclass(frozen=True)
+class NotifyConfig(Section):
+    PREFIX = "notify."
+
+    url: str = knob(
+        "env:JAXTRAIN_NOTIFY_URL",
+        "where the address of a webhook is, which is told when the run diverges, fails, stops or "
+        "is done, and of slow processes: env:NAME or file:PATH; empty sends nothing. Slack, "
+        "Discord, ntfy or JSON",
+    )
+
+
+@dataclass(frozen=True)
 class SitesConfig(Section):
     """Training on several sites that exchange their changes of the weights now and then."""
 
@@ -120,4 +132,16 @@ class SitesConfig(Section):
         "periods to train on if a delayed exchange is late, before waiting for it",
         unit="periods",
         low=0,
+    )
+    on_loss: str = knob(
+        "wait",
+        "if a site is lost: wait for it, or go on with fewer, as the first site decides",
+        choices=("wait", "fewer"),
+    )
+    lost_s: float = knob(
+        600.0,
+        "time without a byte from a site, after which it counts as lost with on_loss=fewer; longer "
+        "than its restart takes",
+        unit="s",
+        low=1.0,
     )

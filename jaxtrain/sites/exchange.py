@@ -1,47 +1,29 @@
 """Exchanges the codes of rounds with the other sites, and finds out when sites disagree."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from jaxtrain.distributed.key_value import KeyValueStore
+from jaxtrain.sites.arrived import Arrived
+from jaxtrain.sites.decisions import LEADER, Decider, Decision, View, parse_decision
 from jaxtrain.sites.errors import Disagreement, PeerRefused, SiteError, SiteLeftOut
 from jaxtrain.sites.frames import Key, Message
 from jaxtrain.sites.layout import Link, SitesFile
 from jaxtrain.sites.transport import Transport
 
+DECIDE_S = 0.2  # between two looks at what time, or another process of the leader, has decided
+
 __all__ = ["Arrived", "Disagreement", "Exchange", "PeerRefused", "SiteError", "SiteLeftOut"]
-
-
-@dataclass(frozen=True)
-class Arrived:
-    """A complete round.
-
-    Attributes:
-        codes: {other site: {link index: code}}.
-        tokens: {other site: tokens of its round}.
-        participants: sites whose codes count, this one included.
-        payload_bytes: codes (sent, received) over this process's links.
-        wire_bytes: all bytes (sent, received) since the round before was returned, with headers,
-            retransmissions and what other rounds sent meanwhile: the sum over rounds is exact.
-        seconds: from sending the own code until the last one was here; 0 if that was here before,
-            or if a restart was in between.
-    """
-
-    codes: dict[int, dict[int, bytes]]
-    tokens: dict[int, int]
-    participants: tuple[int, ...]
-    payload_bytes: tuple[int, int]
-    wire_bytes: tuple[int, int]
-    seconds: float
 
 
 class Exchange(Transport):
     """The rounds of one process with the other sites; see Transport for its arguments.
 
     Args:
-        decided: whether a round is complete only once site 0 has decided who takes part.
+        lost_s: seconds without a byte from a site after which the others continue without it; 0
+            waits for all sites. Above 0, a round is complete once the leader has decided it.
+        store: shared by the processes of this site; needed by a leader with several.
     """
 
     def __init__(
@@ -54,14 +36,26 @@ class Exchange(Transport):
         folder: Path,
         note: Callable[[str], None] = print,
         streams: int = 0,
-        decided: bool = False,
+        lost_s: float = 0.0,
+        store: KeyValueStore | None = None,
     ):
-        self._decided = decided
+        self._lost_s = lost_s
         self._checksums: dict[tuple[int, Key], int] = {}  # own ones, by link index
         self._sent: dict[Key, tuple[float, int]] = {}  # time, bytes of own codes
-        self._decisions: dict[tuple[int, int], tuple[int, ...]] = {}
+        self._decisions: dict[tuple[int, int], Decision] = {}
         self._last_wire = (0, 0)
+        sites, index = sites_file.sites, sites_file.index(site)
+        self._decider: Decider | None = None
+        if lost_s and index == LEADER:
+            processes = len(sites[index].processes)
+            self._decider = Decider(len(sites), Path(folder), process, processes, store)
         super().__init__(sites_file, site, process, blocks, identity, folder, note, streams)
+
+    def close(self) -> None:
+        super().close()
+        if self._decider:
+            self._decider.close()
+            self._decider = None
 
     def send(
         self,
@@ -109,25 +103,67 @@ class Exchange(Transport):
 
     def wait(self, fragment: int, round_: int, timeout_s: float) -> Arrived | None:
         """Returns a round once it is complete; None if it is not after `timeout_s`."""
-        with self.lock:
-            if not self.lock.wait_for(lambda: self._is_over(fragment, round_), timeout_s):
+        deadline_s, place = time.monotonic() + timeout_s, (fragment, round_)
+        while True:
+            view = self._decide(*place)
+            has_news = lambda seen=view: self._is_over(*place) or seen != self._look(*place)
+            with self.lock:
+                left_s = max(deadline_s - time.monotonic(), 0.0)
+                self.lock.wait_for(has_news, min(left_s, DECIDE_S) if view else left_s)
+                if self._is_over(*place):
+                    break
+            if time.monotonic() >= deadline_s:
                 return None
-            participants = self._participants(fragment, round_)
-        assert participants is not None
-        return self._collect(Key("code", fragment, round_), participants)
+        return self._collect(Key("code", fragment, round_))
 
-    def decide(self, fragment: int, round_: int, participants: Sequence[int]) -> None:
-        """Announces who takes part in a round. Only site 0 calls this, and only if `decided`."""
-        assert self.site == 0 and self._decided
-        participants = tuple(sorted(participants))
+    def _look(self, fragment: int, round_: int) -> View | None:
+        """Returns what the leader must know to decide a round; None if there is nothing to do."""
+        if not self._decider or (fragment, round_) in self._decisions:
+            return None
+        others, missing = {link.site for link in self.links}, self.missing(fragment, round_)
+        silent = self.silent_s()
+        lost = [site for site in others if silent[site] > self._lost_s]
+        asking: dict[int, int] = {}
+        for site, f, number in self.posted("request"):
+            if f == fragment:
+                asking[site] = max(number, asking.get(site, 0))
+        return View(tuple(sorted(others - set(missing))), tuple(sorted(lost)), asking)
+
+    def _decide(self, fragment: int, round_: int) -> View | None:
+        """Decides a round if this is the leader and it can; returns what is known if it cannot."""
         with self.lock:
-            self._decisions[fragment, round_] = participants
-        content = json.dumps(participants).encode()
-        for i, link in enumerate(self.links):
-            self._submit(i, Key("decision", fragment, round_), content)
-            if link.site not in participants:
-                key = Key("code", fragment, round_)
-                self._loop.call_soon_threadsafe(self.channels[i].outbox.cancel, key)
+            view = self._look(fragment, round_)
+        if not view or not self._decider:
+            return None
+        decision = self._decider.decide(fragment, round_, view)
+        if decision is None:
+            return view
+        with self.lock:
+            self._decisions[fragment, round_] = decision
+        for i in range(len(self.links)):
+            self._submit(i, Key("decision", fragment, round_), decision.to_bytes())
+            self._cancel_old(i, fragment, round_, decision)
+        return None
+
+    def _cancel_old(self, i: int, fragment: int, round_: int, decision: Decision) -> None:
+        """Stops sending a site what it no longer needs, because it is left out of a round."""
+        if self.links[i].site not in decision.participants:
+            cancel = self.channels[i].outbox.cancel_until
+            self._loop.call_soon_threadsafe(cancel, fragment, round_)
+
+    def decisions(self, fragment: int) -> dict[int, Decision]:
+        """Returns {round: who takes part} of all decisions that are known here."""
+        with self.lock:
+            self._read_decisions()
+            return {r: decision for (f, r), decision in self._decisions.items() if f == fragment}
+
+    def away(self) -> set[int]:
+        """Returns the sites that were left out of the newest decided round of any fragment."""
+        newest: dict[int, int] = {}
+        for fragment, round_ in self._decisions:
+            newest[fragment] = max(round_, newest.get(fragment, 0))
+        found = [self._decisions[place] for place in newest.items()]
+        return {k.site for k in self.links if any(d.leaves_out(k.site) for d in found)}
 
     def missing(self, fragment: int, round_: int) -> tuple[int, ...]:
         """Returns the other sites whose code of a round is not complete here."""
@@ -171,21 +207,21 @@ class Exchange(Transport):
 
     def _participants(self, fragment: int, round_: int) -> tuple[int, ...] | None:
         """Returns the sites that take part in a round; None if that is not decided yet."""
-        if not self._decided:
-            return (self.site, *(link.site for link in self.links))
+        if not self._lost_s:
+            return tuple(sorted({self.site, *(link.site for link in self.links)}))
         self._read_decisions()
-        return self._decisions.get((fragment, round_))
+        decision = self._decisions.get((fragment, round_))
+        return decision.participants if decision else None
 
     def _read_decisions(self) -> None:
-        """Reads the decisions that arrived from site 0."""
-        for channel in self.channels:
-            if channel.link.site == 0:
-                for peer, key in self.mailbox.received:
-                    place = (key.fragment, key.round)
-                    if peer == channel.peer and key.kind == "decision":
-                        if place not in self._decisions:
-                            content = json.loads(self.mailbox.read_received(peer, key))
-                            self._decisions[place] = tuple(content)
+        """Reads the decisions that arrived from the leader."""
+        for peer, key in list(self.mailbox.received):
+            place = (key.fragment, key.round)
+            if key.kind == "decision" and place not in self._decisions:
+                decision = parse_decision(self.mailbox.read_received(peer, key))
+                self._decisions[place] = decision
+                for i in range(len(self.links)):
+                    self._cancel_old(i, *place, decision)
 
     def _is_over(self, fragment: int, round_: int) -> bool:
         """Returns whether all codes of a round are here.
@@ -197,8 +233,9 @@ class Exchange(Transport):
         """
         self._check()
         participants = self._participants(fragment, round_)
-        for place, sites in self._decisions.items():
-            if place[0] == fragment and place[1] >= round_ and self.site not in sites:
+        for place, decision in self._decisions.items():
+            is_later = place[0] == fragment and place[1] >= round_
+            if is_later and self.site not in decision.participants:
                 raise SiteLeftOut(*place)
         if participants is None:
             return False
@@ -212,15 +249,24 @@ class Exchange(Transport):
         for channel in absent:
             # The peer has removed what this process acknowledged.
             if (first := channel.inbox.first.get(fragment, 0)) > round_:
+                if self._lost_s and self.site != LEADER:
+                    raise SiteLeftOut(fragment, round_)
                 raise Disagreement(
                     f"{channel} is at round {first} of fragment {fragment}. This site had stored "
                     f"its code of round {round_}, but it is missing in {self.mailbox.folder}. "
                     "Restore that folder, or restart all sites from one checkpoint."
                 )
+        if self._lost_s and self.site != LEADER and absent:
+            silent, lost_s = self.silent_s(), self._lost_s
+            if any(c.link.site != LEADER and silent[c.link.site] > lost_s for c in absent):
+                raise SiteLeftOut(fragment, round_)  # only the leader has a lost site's code
         return not absent
 
-    def _collect(self, key: Key, participants: tuple[int, ...]) -> Arrived:
+    def _collect(self, key: Key) -> Arrived:
         """Reads a complete round from disk; the lock is free, so that the link is served."""
+        with self.lock:
+            participants = self._participants(key.fragment, key.round) or ()
+        decision = self._decisions.get((key.fragment, key.round), Decision(participants))
         codes: dict[int, dict[int, bytes]] = {}
         tokens: dict[int, int] = {}
         for i, channel in enumerate(self.channels):
@@ -241,7 +287,5 @@ class Exchange(Transport):
             self._last_wire = wire
         started_s, sent = self._sent.get(key, (float("inf"), 0))
         last_s = max(self.mailbox.arrived_s.get((c.peer, key), 0.0) for c in self.channels)
-        participants = tuple(sorted(set(participants)))
-        return Arrived(
-            codes, tokens, participants, (sent, received), since, max(last_s - started_s, 0.0)
-        )
+        payload, seconds = (sent, received), max(last_s - started_s, 0.0)
+        return Arrived(codes, tokens, participants, decision.admitted, payload, since, seconds)

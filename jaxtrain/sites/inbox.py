@@ -101,7 +101,7 @@ class Inbox:
             self._arriving.pop(key).discard()
             incoming = None
         if incoming is None:
-            if len(self._arriving) > 2 * len(self._link.ranges) + 8:
+            if len(self._arriving) > 4 * len(self._link.ranges) + 8:
                 raise BadFrame(f"{len(self._arriving)} unfinished messages at once")
             try:
                 incoming = self._owner.mailbox.receive(self._peer, message)

@@ -71,6 +71,16 @@ class Outbox:
             out.todo.clear()
             self._remove_if_done(key, out)
 
+    def cancel_until(self, fragment: int, round_: int) -> None:
+        """Cancels what a peer that is left out of a round does not need.
+
+        These are the codes of all rounds until this one, and older decisions and states.
+        """
+        for key in list(self.messages):
+            is_old = key.round < round_ or key.kind == "code" and key.round == round_
+            if key.fragment == fragment and is_old and key.kind != "request":
+                self.cancel(key)
+
     def _remove_if_done(self, key: Key, out: Outgoing) -> None:
         if out.stored and out.on_disk:  # a file that is still being written is removed later
             with self._lock:
@@ -84,7 +94,9 @@ class Outbox:
 
     def next_frame(self, stream: Stream) -> bytes | None:
         """Returns the next frame for a stream; None if everything is sent."""
-        for key, out in self.messages.items():
+        # Decisions and requests are small, and others wait for them: they overtake codes.
+        urgent = lambda item: item[0].kind in ("code", "state")
+        for key, out in sorted(self.messages.items(), key=urgent):
             if out.stored:
                 continue
             if out.ask or (out.todo and key not in stream.offered):

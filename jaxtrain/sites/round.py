@@ -5,6 +5,7 @@ before, sends the code, waits for those of the other sites and computes the new 
 """
 
 import dataclasses
+import functools
 import json
 import zlib
 from collections.abc import Callable
@@ -18,7 +19,9 @@ from jaxtrain.distributed.broadcast import gather_texts
 from jaxtrain.sites import BLOCK
 from jaxtrain.sites.checksum import combine_crc32
 from jaxtrain.sites.codec import CODECS, NonFiniteDelta
+from jaxtrain.sites.decisions import Decision
 from jaxtrain.sites.fragments import DeviceLayout, Programs
+from jaxtrain.sites.layout import Link
 from jaxtrain.sites.ledger import Round
 from jaxtrain.sites.outer import encode_with_feedback, outer_step
 
@@ -33,6 +36,10 @@ class Codes(Protocol):
     def send(self, fragment, round_, codes, tokens, checksum) -> None: ...
     def wait(self, fragment, round_, timeout_s) -> Any: ...
     def missing(self, fragment, round_) -> tuple[int, ...]: ...
+    def decisions(self, fragment) -> dict[int, Decision]: ...
+    def post(self, kind, fragment, round_, contents) -> None: ...
+    def is_here(self, kind, fragment, round_, site) -> bool: ...
+    def take(self, kind, fragment, round_, site) -> dict[int, bytes]: ...
     def flush(self) -> None: ...
     def durable(self, oldest: dict[int, int]) -> None: ...
 
@@ -131,8 +138,7 @@ def run_round(
             f"fragment {f} after step {outer.step} are not: {fault} Nothing was sent. Resume from "
             "an earlier checkpoint, or lower --optim.learning_rate."
         ) from fault
-    first, size = layout.owned.start, codec.code_bytes(BLOCK)
-    cut = lambda link, unit: slice(*((b - first) * unit for b in _ends(link.ranges[f])))
+    size, cut = codec.code_bytes(BLOCK), functools.partial(part_of_link, layout, f)
     links = dict(enumerate(exchange.links))
     exchange.send(
         f,
@@ -160,8 +166,14 @@ def run_round(
     return Outcome(reference, momentum, error, by_name(codes), by_name(tokens), arrived)
 
 
-def _ends(blocks: range) -> tuple[int, int]:
-    return blocks.start, blocks.stop
+def part_of_link(layout: DeviceLayout, f: int, link: Link, unit: int = BLOCK) -> slice:
+    """Returns where a link's blocks are in a vector of this process.
+
+    Args:
+        unit: elements of a block in the vector.
+    """
+    blocks, first = link.ranges[f], layout.owned.start
+    return slice((blocks.start - first) * unit, (blocks.stop - first) * unit)
 
 
 def summarize_round(

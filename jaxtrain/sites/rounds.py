@@ -17,7 +17,6 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,13 +24,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxtrain.config.run_sections import SitesConfig
-from jaxtrain.distributed.broadcast import broadcast_from_process_0
 from jaxtrain.optim.acceleration import settle
 from jaxtrain.sites import BLOCK
 from jaxtrain.sites.codec import CODECS
+from jaxtrain.sites.decisions import LEADER
+from jaxtrain.sites.errors import SiteLeftOut
 from jaxtrain.sites.fragments import rounds_until
-from jaxtrain.sites.ledger import Ledger, Round
+from jaxtrain.sites.rejoin import Return, post_state
 from jaxtrain.sites.round import POLL_S, Codes, Outer, Pending, Places, run_round, summarize_round
+from jaxtrain.sites.round_log import RoundLog
 
 REMIND_S = 30.0  # between two lines about a site that is waited for
 
@@ -45,12 +46,7 @@ class Rounds:
         exchange: an Exchange, or another object with these methods.
     """
 
-    def __init__(
-        self,
-        cfg: SitesConfig,
-        places: Places,
-        exchange: Codes,
-    ):
+    def __init__(self, cfg: SitesConfig, places: Places, exchange: Codes):
         self.cfg, self.places, self.exchange = cfg, places, exchange
         self.codec = CODECS[cfg.codec]
         self.layouts = [programs.layout for programs in places.programs]
@@ -58,21 +54,18 @@ class Rounds:
         self.finished_step: int | None = None
         self.finishes = 0  # how often the run has ended; it may have been extended since
         self.applied: dict[int, list[int]] = {}  # step of a checkpoint: newest round by fragment
-        self._ledger: Ledger | None = None
-        self._note: Callable[[str], None] = print
-        self._replay: dict[tuple[int, int], int] = {}
-        self._metrics: list[dict[str, float]] = []
-        self._waited_s, self._closing = 0.0, False
+        self.log = RoundLog()
+        self._waited_s, self._generation = 0.0, 0
+        self._return: Return | None = None  # while the other sites go on without this one
         self._threads = ThreadPoolExecutor(2 * len(self.layouts), "sites")
 
     def __enter__(self) -> "Rounds":
         return self
 
     def __exit__(self, *exc) -> None:
-        self._closing = True
+        self._generation += 1
         self._threads.shutdown(cancel_futures=True)
-        if self._ledger:
-            self._ledger.close()
+        self.log.close()
 
     def begin(self, state: Any) -> None:
         """Takes the current weights as the reference."""
@@ -81,29 +74,6 @@ class Rounds:
             momentum = np.zeros_like(reference) if self.cfg.momentum else reference[:0]
             error = reference[:0] if self.codec.lossless else np.zeros_like(reference)
             self.outer.append(Outer(reference, momentum, error))
-
-    def open_ledger(self, workdir: Path, resume_step: int, note: Callable[[str], None]) -> None:
-        """Records rounds in workdir from now on, and replays those recorded after `resume_step`.
-
-        Args:
-            note: prints a line.
-        """
-        self._note = note
-
-        def open_files() -> dict[str, int]:
-            self._ledger = Ledger(workdir, resume_step)
-            lines = self._ledger.replay.values()
-            return {f"{line.fragment} {line.round}": line.applied_step for line in lines}
-
-        steps = broadcast_from_process_0(open_files)  # JSON has no tuples as keys
-        for key, step in steps.items():
-            fragment, number = map(int, key.split())
-            self._replay[fragment, number] = step
-
-    def _record(self, line: Round) -> None:
-        """Writes a line on process 0; prints how it differs from the one that it replays."""
-        if self._ledger and (difference := self._ledger.write(line)):
-            self._note(difference)
 
     def describe(self) -> Iterator[str]:
         """Yields sentences on the sites, what they exchange and when."""
@@ -118,12 +88,14 @@ class Rounds:
             f"every {cfg.period} steps {sum(elements):,} parameters{parts}, {cfg.codec}: "
             f"{size:,} bytes to each other site, {use}"
         )
-        if self._replay:
-            yield f"{len(self._replay)} recorded rounds are replayed at their recorded steps"
+        if cfg.on_loss == "fewer":
+            yield f"{names[LEADER]} leaves out sites that it has not heard for {cfg.lost_s:g} s"
+        if self.log.replay:
+            yield f"{len(self.log.replay)} recorded rounds are replayed at their recorded steps"
 
     def after_step(
         self, state: Any, step: int, stop: Callable[[], Any], pause: Callable[[], Any]
-    ) -> Any:
+    ) -> tuple[Any, int]:
         """Applies the rounds that are due after a step, and starts those that begin after it.
 
         A second call for the same step changes nothing, unless the first was interrupted.
@@ -134,31 +106,61 @@ class Rounds:
                 often.
             pause: a context manager within which the process waits for other sites.
 
+        Returns:
+            the state and its step: a later one if the others went on without this site.
+
         Raises:
             NonFiniteDelta: the weights are not finite. Nothing was sent.
             SiteError: another site disagrees, or the exchange has failed.
         """
         state, waiting = self._advance(state, step)
-        if waiting:
+        if waiting or self._return:
             started_s = reminded_s = time.monotonic()
             with pause():
-                while waiting and not stop():
-                    self._wait_for_news()
-                    state, waiting = self._advance(state, step, is_waiting=True)
-                    if waiting and time.monotonic() - reminded_s >= REMIND_S:
+                while (waiting or self._return) and not stop():
+                    if self._return:
+                        state, step = self._try_to_return(self._return, state, step)
+                    else:
+                        self._wait_for_news()
+                    if not self._return:
+                        state, waiting = self._advance(state, step, is_waiting=True)
+                    if (waiting or self._return) and time.monotonic() - reminded_s >= REMIND_S:
                         reminded_s = time.monotonic()
-                        self._note(
+                        missing = [self._describe_missing(f) for f in waiting]
+                        if self._return:
+                            missing = [f"the weights of {self.places.names[LEADER]} are not here"]
+                        self.log.note(
                             f"waiting for {reminded_s - started_s:.0f} s after step {step}: "
-                            f"{'; '.join(map(self._describe_missing, waiting))}"
+                            f"{'; '.join(missing)}"
                         )
             self._waited_s += time.monotonic() - started_s
-        if step == self.places.steps != self.finished_step and not waiting:
+        is_complete = not waiting and not self._return
+        if step == self.places.steps != self.finished_step and is_complete:
             settled = jax.jit(
                 settle, donate_argnums=0, out_shardings=self.places.shardings.opt_state
             )
             state = state._replace(opt_state=settled(state.opt_state))
             self.finished_step, self.finishes = step, self.finishes + 1
-        return state
+        return state, step
+
+    def _try_to_return(self, way: Return, state: Any, step: int) -> tuple[Any, int]:
+        """Continues from the leader's state if it is here; else waits a little."""
+        found = way.find_states()
+        if found is None:
+            time.sleep(POLL_S / 4)
+            return state, step
+        self._generation += 1  # ends the threads of rounds that the others do not wait for
+        self._return = None
+        start = max(self._first_step(f, round_) for f, round_ in enumerate(found))
+        new_step = max(min(start + self.cfg.delay, self.places.steps), step)
+        state, lines = way.take_states(state, step, new_step, found)
+        for line in lines:
+            self.log.record(line)
+        self.log.note(
+            f"took over the weights and the outer state of {self.places.names[LEADER]} after "
+            f"round {max(found)}; continuing after step {new_step} instead of {step}"
+        )
+        return state, new_step
 
     def _advance(self, state: Any, step: int, is_waiting: bool = False) -> tuple[Any, list[int]]:
         """Applies and starts rounds as far as possible without waiting.
@@ -174,6 +176,8 @@ class Rounds:
             while True:
                 if outer.pending:
                     is_complete, waits = self._look(f, step, is_waiting)
+                    if self._return:
+                        return state, []
                     if not is_complete:
                         missing += [f] if waits else []
                         break
@@ -183,6 +187,11 @@ class Rounds:
                 else:
                     break
         return state, missing
+
+    def _first_step(self, f: int, round_: int) -> int:
+        """Returns the step after which a round of a fragment starts, if nothing is late."""
+        steps = range(self.places.steps)
+        return next((s for s in steps if self._owed(f, s) >= round_), self.places.steps)
 
     def _owed(self, f: int, step: int) -> int:
         """Returns how many rounds of a fragment belong to the steps up to this one.
@@ -201,19 +210,28 @@ class Rounds:
         outer, cfg = self.outer[f], self.cfg
         assert outer.pending is not None
         outcome = outer.pending.outcome
-        if outcome.done():
-            outcome.result()  # raises the error of its thread
-        late, recorded = step - outer.step - cfg.delay, self._replay.get((f, outer.round), 0)
+        error = outcome.exception() if outcome.done() else None
+        is_left_out = isinstance(error, SiteLeftOut)
+        if error and not is_left_out:
+            raise error
+        late, recorded = step - outer.step - cfg.delay, self.log.replay.get((f, outer.round), 0)
         must_apply = step in (recorded, self.places.steps)
         is_look = late >= 0 and late % cfg.period == 0
         holds_back = is_waiting and outer.round < self._owed(f, step)
         if step < recorded or not (must_apply or is_look or holds_back):
             return False, False
+        if cfg.on_loss == "fewer" and not agree(not is_left_out):
+            self._return = Return(self.cfg, self.places, self.exchange, self.outer)
+            self.log.note(
+                f"{self.places.names[LEADER]} went on without this site in round {outer.round} of "
+                f"fragment {f}; asking for its weights"
+            )
+            return False, False
         if agree(outcome.done()):
             return True, False
         waits = must_apply or is_look and (not cfg.delay or late >= cfg.grace * cfg.period)
         if not waits and not is_waiting:
-            self._note(f"{self._describe_missing(f)}; training goes on")
+            self.log.note(f"{self._describe_missing(f)}; training goes on")
         return False, waits
 
     def _wait_for_news(self) -> None:
@@ -224,11 +242,6 @@ class Rounds:
             wait(running, POLL_S, FIRST_COMPLETED)
         else:  # other processes of this site are not as far
             time.sleep(POLL_S / 20)
-
-    def take_metrics(self) -> list[dict[str, float]]:
-        """Returns the metrics of each round that was applied since the last call."""
-        metrics, self._metrics = self._metrics, []
-        return metrics
 
     def _start(self, f: int, state: Any, step: int) -> None:
         """Starts a round: takes a snapshot on the devices; threads do all that follows."""
@@ -241,13 +254,12 @@ class Rounds:
 
     def exchange_weights(self, f: int, weights: Future) -> None:
         """Starts the thread of a fragment's newest round, given the weights on the host."""
-        args = self.cfg, self.places, self.layouts[f], self.exchange, self._is_open
+        generation = self._generation
+        is_open = lambda: generation == self._generation
+        args = self.cfg, self.places, self.layouts[f], self.exchange, is_open
         run = functools.partial(run_round, *args, f, dataclasses.replace(self.outer[f]))
         outcome = self._threads.submit(lambda: run(weights.result()))
         self.outer[f].pending = Pending(weights, outcome)
-
-    def _is_open(self) -> bool:
-        return not self._closing
 
     def _describe_missing(self, f: int) -> str:
         round_ = self.outer[f].round
@@ -262,13 +274,12 @@ class Rounds:
         pending, outer.pending = outer.pending, None
         outcome = pending.outcome.result()
         line = summarize_round(self.places, layout, f, outer, outcome, step, self._waited_s)
-        self._record(line)  # before the state changes: a checkpoint never knows more than it
-        metrics = {"sites/round": outer.round, "sites/round_s": line.seconds}
-        metrics |= {"sites/waited_s": self._waited_s, "sites/age_steps": step - outer.step}
-        metrics |= {"sites/payload_bytes": sum(line.payload_bytes)}
-        metrics |= {"sites/wire_bytes": sum(line.wire_bytes)}
-        self._metrics.append(metrics)
+        self.log.record(line)  # before the state changes: a checkpoint never knows more than it
+        self.log.add_metrics(line)
         self._waited_s = 0.0
+        self.log.note_changes(self.places.names, outer.round, self.cfg.lost_s, outcome)
+        if outcome.arrived.admitted and self.places.site == LEADER:
+            post_state(self.exchange, layout, f, outer.round, outcome)
         outer.reference, outer.momentum, outer.error = outcome[:3]
         vector, mode = outer.reference, "replace" if step == outer.step else "move"
         if mode == "move":

@@ -9,6 +9,7 @@ import jax
 from absl import logging
 
 from jaxtrain.config.train_config import TrainConfig, shared_fields
+from jaxtrain.distributed.key_value import open_store
 from jaxtrain.model.trees import named_leaves
 from jaxtrain.sites.exchange import Exchange
 from jaxtrain.sites.fragments import build_programs, split_leaves
@@ -93,12 +94,23 @@ def open_rounds(
     identity = shared_fields(cfg) | identity | {"the format": str(FORMAT)}
     blocks = [fragment.blocks for fragment in fragments]
     folder = Path(cfg.workdir) / "sites"
+    place = member.file, member.name, jax.process_index()
+    lost_s = cfg.sites.lost_s if cfg.sites.on_loss == "fewer" else 0.0
+    store = open_store()
     with (
         Exchange(
-            member.file, member.name, jax.process_index(), blocks, identity, folder, logging.info
+            *place, blocks, identity, folder, logging.info, lost_s=lost_s, store=store
         ) as exchange,
         Rounds(cfg.sites, places, exchange) as rounds,
     ):
         yield rounds
-        if rounds.finished_step is not None and not exchange.finish(FINISH_S):
-            logging.warning("the other sites have not stored the last round in %g s", FINISH_S)
+        if rounds.finished_step is not None:
+            away = exchange.away()
+            for site in sorted(away):
+                logging.warning(
+                    "site %s was away at the end of the run: its weights are older than those of "
+                    "site %s",
+                    *(names[site], member.name),
+                )
+            if not exchange.finish(FINISH_S, without=away):
+                logging.warning("the other sites have not stored the last round in %g s", FINISH_S)

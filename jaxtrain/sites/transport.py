@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any, Self
 
@@ -148,15 +148,19 @@ class Transport:
         for i, content in contents.items():
             self._submit(i, Key(kind, fragment, round_), content)
 
-    def take(self, kind: str, fragment: int, round_: int, site: int) -> dict[int, bytes] | None:
-        """Returns {link index: content} of what a site posted; None if it is not complete."""
+    def is_here(self, kind: str, fragment: int, round_: int, site: int) -> bool:
+        """Returns whether all that a site posted is on this process's disk."""
         self._check()
         key = Key(kind, fragment, round_)
-        mine = [i for i, link in enumerate(self.links) if link.site == site]
+        peers = [c.peer for c in self.channels if c.link.site == site]
         with self.lock:
-            if any((self.channels[i].peer, key) not in self.mailbox.received for i in mine):
-                return None
-            return {i: self.mailbox.read_received(self.channels[i].peer, key) for i in mine}
+            return all((peer, key) in self.mailbox.received for peer in peers)
+
+    def take(self, kind: str, fragment: int, round_: int, site: int) -> dict[int, bytes]:
+        """Returns {link index: content} of what a site posted and is_here."""
+        key = Key(kind, fragment, round_)
+        found = [i for i, link in enumerate(self.links) if link.site == site]
+        return {i: self.mailbox.read_received(self.channels[i].peer, key) for i in found}
 
     def posted(self, kind: str) -> list[tuple[int, int, int]]:
         """Returns the (site, fragment, round) of all received messages of a kind."""
@@ -180,15 +184,19 @@ class Transport:
             write.result()
         self._check()
 
-    def finish(self, timeout_s: float) -> bool:
+    def finish(self, timeout_s: float, without: Set[int] = frozenset()) -> bool:
         """Waits until all peers have stored everything; returns whether they have.
 
         Call it before the program ends: later nobody could send the last codes again.
+
+        Args:
+            without: sites that are not waited for.
         """
+        waits_for = [c for c in self.channels if c.link.site not in without]
         with self.lock:
-            idle = lambda: self._error or not any(c.outbox.messages for c in self.channels)
+            idle = lambda: self._error or not any(c.outbox.messages for c in waits_for)
             self.lock.wait_for(lambda: idle() and not self._writes, timeout_s)
-            return not self._writes and not any(c.outbox.messages for c in self.channels)
+            return not self._writes and not any(c.outbox.messages for c in waits_for)
 
     def silent_s(self) -> dict[int, float]:
         """Returns {other site: seconds since anything arrived from its quietest process}."""

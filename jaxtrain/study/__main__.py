@@ -17,12 +17,13 @@ others. Where the best value is the lowest or highest of those tried, the next o
 tried, too. A longer horizon starts from the settings of the one before.
 
 The study's folder receives study.txt (tables and verdicts), study.json (all numbers), study.csv (a
-row for each contender in each cell) and pictures. They are updated after every cell. Every run is
-an ordinary run directory in CELL/CONTENDER/SETTING/seedK.
+row for each contender in each cell) and pictures, updated after every cell, and runs.jsonl (the
+result of each run). Every run is an ordinary run directory in CELL/CONTENDER/SETTING/seedK.
 
 The same command resumes a study that was stopped: runs that have ended are not trained again. It
 may run several times at once, also on several hosts that share the folder: each process claims the
-run that it trains, and the claim of a process that has died is taken over.
+run that it trains, and the claim of a process that has died is taken over. Without a shared folder,
+--study.earlier=FILE uses the results in runs.jsonl of another folder of the same study.
 
 To count steps to a target loss by the rules of modded-nanogpt's track 3, set study.target, list the
 contenders with their settings and an empty grid each, set study.tune_adam=False, and set
@@ -56,6 +57,7 @@ from jaxtrain.study.estimate import describe_study, estimate_time
 from jaxtrain.study.overhead import TOKENS, overhead_table
 from jaxtrain.study.plan import StudyPlan, build_plan
 from jaxtrain.study.result import ConditionResult
+from jaxtrain.study.run_records import RunRecords
 from jaxtrain.study.runs import Interrupted, check_folder, open_data
 from jaxtrain.study.study_config import StudyConfig, describe_study_flags
 from jaxtrain.study.summary import format_summary, summarise, write_summary
@@ -92,6 +94,7 @@ def run_study(
         for lines in (describe_study(plan), estimate_time(plan._replace(base=base), devices)):
             print_line("\n".join(lines))
         return []
+    records = RunRecords(plan.study.earlier)
     folder.mkdir(parents=True, exist_ok=True)
     base, corpus = open_data(base, folder)
     plan = plan._replace(base=base)
@@ -99,7 +102,7 @@ def run_study(
     for line in header:
         print_line(line)
     _check_folders(plan)
-    work = Work(plan, devices, print_line)
+    work = Work(plan, devices, print_line, records=records)
     written = []
 
     def write(cells: list[CellRuns]) -> None:

@@ -83,7 +83,7 @@ def check_folder(trial: Trial) -> None:
     folder = Path(trial.config.workdir)
     if not (folder / CONFIG).exists():
         return
-    stored, wanted = _identity(load_train_config(folder)), _identity(trial.config)
+    stored, wanted = identity(load_train_config(folder)), identity(trial.config)
     same = lambda name, x, y: began_with(x, y) if name == "weights" else x == y
     changed = [
         f"{k}={stored[k]!r}, now {v!r}" for k, v in wanted.items() if not same(k, stored[k], v)
@@ -95,7 +95,7 @@ def check_folder(trial: Trial) -> None:
         )
 
 
-def _identity(cfg: TrainConfig) -> dict[str, Any]:
+def identity(cfg: TrainConfig) -> dict[str, Any]:
     """Returns the fields that decide what is trained.
 
     data.shards is compared by its folder's name only, which is a hash if the study encoded text.

@@ -24,6 +24,11 @@ class StudyConfig(Section):
     PREFIX = "study."
 
     workdir: str = knob("runs/study", "folder of all runs and of the results")
+    earlier: str = knob(
+        "",
+        "runs.jsonl of another folder of this study: the runs in it are not trained again; their "
+        "data must have had the same text",
+    )
     baseline: str = knob("muon", "contender that the others are compared with")
     tuning_seed: int = knob(0, "seed of every tuning run", low=0)
     level: float = knob(0.05, "significance level, after Holm's correction", low=1e-6, high=0.5)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from jaxtrain.reporting.terminal import format_duration
 from jaxtrain.run_directory.lock import RunLocked
 from jaxtrain.study.plan import StudyPlan, Trial
+from jaxtrain.study.run_records import FILE, RunRecords, write_records
 from jaxtrain.study.runs import (
     CLAIM,
     Result,
@@ -43,6 +44,7 @@ class Work:
         devices: to train on; None uses all.
         print_line: prints one line.
         train: trains a run, as for run_trial.
+        records: of runs that ended elsewhere.
 
     Attributes:
         reused: number of runs that were only read.
@@ -54,9 +56,10 @@ class Work:
         devices: Sequence[Any] | None = None,
         print_line: Callable[[str], object] = print,
         train: Callable[..., int] = train,
+        records: RunRecords | None = None,
     ):
         self.plan, self._devices, self._print_line = plan, devices, print_line
-        self._train = train
+        self._train, self._records = train, records or RunRecords()
         self._results: dict[tuple, Result] = {}  # by cell, contender, setting and seed
         self._trials: dict[tuple, list[Trial]] = {}  # that were built, by their arguments
         self._choices: dict[tuple[str, str], ChosenSetting] = {}  # by cell and contender
@@ -84,6 +87,11 @@ class Work:
             if not any(self._try(trial) for trial in pending):
                 self._wait(len(pending))
         on_cell(self.finished())
+        self.write_records()
+
+    def write_records(self) -> None:
+        """Writes all results that this process knows of to runs.jsonl in the study's folder."""
+        write_records(Path(self.plan.study.workdir) / FILE, self._results.values())
 
     def pending(self) -> list[Trial]:
         """Returns the runs that can be trained now, those that should come first, first."""
@@ -171,6 +179,10 @@ class Work:
         """Returns the result of a run that has ended, else None."""
         key = _key(trial)
         if key not in self._results:
+            if result := self._records.find(trial):
+                self._results[key] = result
+                self.reused += 1
+                return result
             check_folder(trial)
             # A process that still has its claim may not have written all of the result yet.
             if (Path(trial.config.workdir) / CLAIM).exists() or not is_finished(trial):
@@ -190,6 +202,7 @@ class Work:
             return False
         self._waits = False
         self._results[_key(trial)] = result
+        self.write_records()
         seconds = time.monotonic() - start_s
         self._seconds_per_cost.append(seconds / self._costs[trial.condition])
         eta_s = self._remaining_cost() * statistics.mean(self._seconds_per_cost)

@@ -23,13 +23,15 @@ def all_finite(tree: Any) -> jax.Array:
 def is_sound(scalars: dict[str, jax.Array], state: Any, is_last: bool) -> bool:
     """Returns whether a step's scalars are finite; after the last step, the state suffices.
 
+    So it does without scalars, if no step was taken since the start.
+
     A skipped step changes nothing, but the update before it may be why it was skipped. Saving that
     state would push an older, good checkpoint out of keep_last.
     """
     numbers = jax.device_get(scalars)
-    if not numbers["train/bad_steps"] and all(map(math.isfinite, numbers.values())):
+    if numbers and not numbers["train/bad_steps"] and all(map(math.isfinite, numbers.values())):
         return True
-    return is_last and bool(jax.device_get(all_finite(state)))
+    return (is_last or not numbers) and bool(jax.device_get(all_finite(state)))
 
 
 def is_finite_here(tree: Any) -> bool:

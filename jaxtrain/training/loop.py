@@ -41,6 +41,8 @@ IN_EVALUATION = "leaving the evaluation, saving, then stopping"
 class Diverged(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite."""
 
+    alert_event = "diverged"
+
 
 class Loop:
     """The loop over a run's steps, and its state between them.
@@ -82,8 +84,7 @@ class Loop:
         self.rates = run.rates()
         self.first = self.saved_step = int(state.step)
         self.tracer = Tracer(self.cfg.workdir, self.first, self.cfg.steps, self.cfg.profile.steps)
-        self._warned_of_noise = False
-        self._showed_time_left = False
+        self._warned_of_noise = self._showed_time_left = False
         self._in_flight: tuple[int, dict[str, Any]] | None = None  # step, scalars on the device
         self._scalars: dict[str, jax.Array] = {}  # of the last step that was collected
 
@@ -97,22 +98,20 @@ class Loop:
         stop.defer_signals(IN_STEP)
         if self._evaluation_is_due(self.first):
             # An earlier start may have ended between this step's save and its evaluation.
-            is_logged = self.logger.evaluated_step == self.first
-            if not broadcast_from_process_0(lambda: is_logged):
+            if not broadcast_from_process_0(lambda: self.logger.evaluated_step == self.first):
                 self.evaluate(self.first)
         if stop.signal:
             return stop.signal
-        if self.rounds:
-            self._exchange(self.first)  # what an earlier start was waiting for when it ended
-        for step in range(self.first + 1, cfg.steps + 1):
+        step = self._exchange(self.first)  # what an earlier start was waiting for when it ended
+        while step < cfg.steps:
+            step += 1
             if self.tracer.switches_before(step):
                 self._toggle_trace()
             with self.tracer.annotate_step(step):
                 batch = self._train_step(step)
             if cfg.measure.phases and step == min(self.first + AFTER_STEPS, cfg.steps):
                 self._measure_phases(step, batch)
-            if self.rounds:
-                self._exchange(step)
+            step = self._exchange(step)
             if self.collector.is_probe_due(step):
                 self._probe_ranks(step)
             stopped_by = stop.agreed_signal()
@@ -120,8 +119,7 @@ class Loop:
                 self._save(step)
             if not stopped_by and self._evaluation_is_due(step):
                 self.evaluate(step)
-                stopped_by = stop.signal  # it may have come between two evaluation batches
-                if stopped_by:
+                if stopped_by := stop.signal:  # it may have come between two evaluation batches
                     self._save(step)
             if stopped_by:
                 break
@@ -129,14 +127,19 @@ class Loop:
             self._toggle_trace()
         return stopped_by
 
-    def _exchange(self, step: int) -> None:
-        """Applies and starts rounds of the exchange with other sites."""
-        assert self.rounds is not None
+    def _exchange(self, step: int) -> int:
+        """Exchanges with other sites; returns the step, a later one if they had gone on."""
+        if self.rounds is None:
+            return step
         stopped = lambda: beat("sites") or self.stop.agreed_signal()
         pause = functools.partial(self._pause, "sites")
-        self.state = self.rounds.after_step(self.state, step, stopped, pause)
-        for metrics in self.rounds.take_metrics():
-            self.logger.write(step, metrics)
+        self.state, new_step = self.rounds.after_step(self.state, step, stopped, pause)
+        for metrics in self.rounds.log.take_metrics():
+            self.logger.write(new_step, metrics)
+        if new_step != step:  # its state came from another site
+            self.batches.restore(self.batches.state() | {"step": new_step})
+            self._save(new_step)
+        return new_step
 
     @contextlib.contextmanager
     def _pause(self, cause: str) -> Iterator[None]:
@@ -284,10 +287,7 @@ class Loop:
         """Compares the processes; prints which have become stragglers, or are none any more."""
         self._collect_step()
         beat("compile")  # the first probe compiles its program
-        sentences, ratios = self.collector.probe_ranks(step)
-        for sentence in sentences:
-            self.logger.note(sentence)
-        self.logger.write_ranks(ratios)
+        self.logger.write_ranks(*self.collector.probe_ranks(step))
 
     def _toggle_trace(self) -> None:
         """Starts or stops the profiler while no step is in flight."""

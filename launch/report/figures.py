@@ -64,7 +64,7 @@ def rows_of(run: RunFolder) -> list[tuple[str, str]]:
     compiled = latest(run, "perf/compile_time_s")
     if compiled is not None:
         rows.append(("compilation", duration(compiled)))
-    rows += _stragglers(run)
+    rows += _stragglers(run) + _site_rounds(run)
     if run.outliers:
         rows.append(("long steps", ", ".join(f"{n} {cause}" for cause, n in run.outliers.items())))
     rows += [(f"lost to {cause}", duration_or_ms(s)) for cause, s in run.lost_s.items() if s]
@@ -86,6 +86,17 @@ def _stragglers(run: RunFolder) -> list[tuple[str, str]]:
         place = f"{process} ({host_of[process]})" if process in host_of else process
         found += [f"{place} in {kind}, steps {a} to {b}" for kind, (a, b) in steps.items()]
     return [("stragglers", "; ".join(found) or "none")] if probed else []
+
+
+def _site_rounds(run: RunFolder) -> list[tuple[str, str]]:
+    """Returns the row `12, 3 without a site`; [] for a run on one site."""
+    place = run.config.get("site")
+    names = place.get("sites") if isinstance(place, dict) else None
+    counts = [value for _, value in run.points("sites/participants")]
+    if not isinstance(names, list) or not counts:
+        return []
+    fewer = sum(value < len(names) for value in counts)
+    return [("rounds of sites", f"{len(counts)}" + (f", {fewer} without a site" if fewer else ""))]
 
 
 def spark(values: list[float], width: int = 32) -> str:

@@ -1,0 +1,191 @@
+"""Decides who takes part in a round, where sites may go on without one that is lost.
+
+The first site of the sites file is the leader: it decides each round, and the others wait for its
+decision. So two halves of a job that cannot reach each other never both continue. A round is
+decided once each other site has either sent its whole code, or has not been heard for
+sites.lost_s, or asks for the leader's weights because it was left out before.
+
+A decision is on the leader's disk before anyone acts on it, so a restart decides the same again.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxtrain.distributed.key_value import KeyValueStore
+from jaxtrain.file_errors import Appender
+from jaxtrain.files import sync_to_disk, write_atomic
+
+FILE = "decisions.jsonl"
+LEADER = 0  # the index of the site that decides
+NEVER = -1
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Who takes part in a round.
+
+    Attributes:
+        participants: sites whose codes count.
+        admitted: sites that get the outer state after this round and take part from the next one.
+    """
+
+    participants: tuple[int, ...]
+    admitted: tuple[int, ...] = ()
+
+    def leaves_out(self, site: int) -> bool:
+        """Returns whether a site has no part in this round, nor gets what it led to."""
+        return site not in self.participants and site not in self.admitted
+
+    def to_bytes(self) -> bytes:
+        return json.dumps([self.participants, self.admitted]).encode()
+
+
+def parse_decision(content: bytes) -> Decision:
+    """Inverts Decision.to_bytes."""
+    participants, admitted = json.loads(content)
+    return Decision(tuple(participants), tuple(admitted))
+
+
+class View(NamedTuple):
+    """What one process of the leader knows about the other sites in a round.
+
+    Attributes:
+        complete: sites whose code is here.
+        lost: sites that have not been heard for too long.
+        asking: {site: newest round in which it asked for the outer state}.
+    """
+
+    complete: tuple[int, ...]
+    lost: tuple[int, ...]
+    asking: dict[int, int]
+
+    def to_text(self) -> str:
+        return json.dumps([self.complete, self.lost, list(self.asking.items())])
+
+
+def parse_view(text: str) -> View:
+    """Inverts View.to_text."""
+    complete, lost, asking = json.loads(text)
+    return View(tuple(complete), tuple(lost), {site: round_ for site, round_ in asking})
+
+
+def decide(
+    sites: int, views: Sequence[View], before: Decision | None, admitted_at: Mapping[int, int]
+) -> Decision | None:
+    """Returns who takes part in a round; None if that is still open.
+
+    Args:
+        sites: number of all sites.
+        views: of all processes of the leader.
+        before: the decision on the round before.
+        admitted_at: {site: newest round after which it got the outer state, or NEVER}.
+    """
+    participants, admitted = [LEADER], []
+    for site in range(1, sites):
+        asked = max(view.asking.get(site, NEVER) for view in views)
+        if asked > admitted_at[site]:
+            admitted.append(site)
+        elif before and before.leaves_out(site):
+            continue
+        elif all(site in view.complete for view in views):
+            participants.append(site)
+        elif not any(site in view.lost for view in views):
+            return None
+    return Decision(tuple(participants), tuple(admitted))
+
+
+class Decider:
+    """The decisions of the leader. Its processes agree on each.
+
+    Process 0 decides when it has the views of all, and writes the decision to its disk.
+
+    Args:
+        sites: number of all sites.
+        folder: of the exchange's files; process 0 of the leader has the decisions there.
+        process, processes: this process and their number at the leader.
+        store: shared by the leader's processes; None if there is one.
+
+    Raises:
+        ValueError: the file of decisions is damaged.
+    """
+
+    def __init__(
+        self, sites: int, folder: Path, process: int, processes: int, store: KeyValueStore | None
+    ):
+        assert store is not None or processes == 1
+        self._sites, self._process, self._processes = sites, process, processes
+        self._store = store
+        self._published: dict[tuple[int, int], str] = {}
+        self._known: dict[tuple[int, int], Decision] = {}
+        self._admitted_at: dict[tuple[int, int], int] = {}  # (fragment, site): newest round
+        if process == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._path = folder / FILE
+            for place, decision in _read_decisions(self._path).items():
+                self._add(*place, decision)
+            self._file = Appender(self._path)
+
+    def close(self) -> None:
+        if self._process == 0:
+            self._file.close()
+
+    def decide(self, fragment: int, round_: int, view: View) -> Decision | None:
+        """Returns the decision on a round; None if it is still open."""
+        place, key = (fragment, round_), f"sites/{fragment}/{round_}"
+        if self._process:
+            self._publish(place, f"{key}/view/{self._process}", view.to_text())
+            assert self._store is not None
+            found = self._store.read(f"{key}/decision")
+            return parse_decision(next(iter(found.values())).encode()) if found else None
+        decision = self._known.get(place)
+        if decision is None:
+            decision = self._make_decision(fragment, round_, view)
+        if decision:
+            self._publish(place, f"{key}/decision/0", decision.to_bytes().decode())
+        return decision
+
+    def _make_decision(self, fragment: int, round_: int, view: View) -> Decision | None:
+        views = [view]
+        if self._store is not None:
+            others = self._store.read(f"sites/{fragment}/{round_}/view")
+            if len(others) < self._processes - 1:
+                return None
+            views += map(parse_view, others.values())
+        before = self._known.get((fragment, round_ - 1))
+        sites = range(self._sites)
+        admitted_at = {site: self._admitted_at.get((fragment, site), NEVER) for site in sites}
+        decision = decide(self._sites, views, before, admitted_at)
+        if decision:
+            line = [fragment, round_, decision.participants, decision.admitted]
+            self._file.write(json.dumps(line).encode() + b"\n")
+            sync_to_disk(self._path)
+            self._add(fragment, round_, decision)
+        return decision
+
+    def _add(self, fragment: int, round_: int, decision: Decision) -> None:
+        self._known[fragment, round_] = decision
+        for site in decision.admitted:
+            self._admitted_at[fragment, site] = round_
+
+    def _publish(self, place: tuple[int, int], key: str, text: str) -> None:
+        if self._store is not None and self._published.get(place) != text:
+            self._published[place] = text
+            self._store.write(key, text)
+
+
+def _read_decisions(path: Path) -> dict[tuple[int, int], Decision]:
+    """Returns {(fragment, round): decision}, and drops a last line that was cut off."""
+    complete, _, rest = (path.read_bytes() if path.exists() else b"").rpartition(b"\n")
+    known = {}
+    for number, line in enumerate(complete.splitlines(), 1):
+        try:
+            fragment, round_, participants, admitted = json.loads(line)
+            known[fragment, round_] = Decision(tuple(participants), tuple(admitted))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is damaged: {error}") from None
+    if rest:
+        write_atomic(path, complete + b"\n" if complete else b"")
+    return known

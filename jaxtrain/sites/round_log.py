@@ -1,0 +1,92 @@
+"""Reports applied rounds: to the ledger, as metrics and, if something changed, as sentences."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from jaxtrain.distributed.broadcast import broadcast_from_process_0
+from jaxtrain.sites.decisions import LEADER
+from jaxtrain.sites.ledger import Ledger, Round
+from jaxtrain.sites.round import Outcome
+
+
+class RoundLog:
+    """What a process reports about its rounds.
+
+    Attributes:
+        replay: {(fragment, round): step at which a resumed run has to apply it}.
+        note: prints a line.
+    """
+
+    def __init__(self):
+        self.note: Callable[[str], None] = print
+        self.replay: dict[tuple[int, int], int] = {}
+        self._ledger: Ledger | None = None
+        self._metrics: list[dict[str, float]] = []
+        self._absent: set[int] = set()  # sites without a part in the newest round
+
+    def open(self, workdir: Path, resume_step: int, note: Callable[[str], None]) -> None:
+        """Records rounds in workdir from now on; reads those to replay after `resume_step`."""
+        self.note = note
+
+        def open_files() -> dict[str, int]:
+            self._ledger = Ledger(workdir, resume_step)
+            lines = self._ledger.replay.values()
+            return {f"{line.fragment} {line.round}": line.applied_step for line in lines}
+
+        steps = broadcast_from_process_0(open_files)  # JSON has no tuples as keys
+        for key, step in steps.items():
+            fragment, number = map(int, key.split())
+            self.replay[fragment, number] = step
+
+    def close(self) -> None:
+        if self._ledger:
+            self._ledger.close()
+
+    def record(self, line: Round) -> None:
+        """Writes a line on process 0; prints how it differs from the one that it replays."""
+        if self._ledger and (difference := self._ledger.write(line)):
+            self.note(difference)
+
+    def add_metrics(self, line: Round) -> None:
+        """Adds the metrics of a round that was applied."""
+        self._metrics.append(
+            {
+                "sites/round": line.round,
+                "sites/round_s": line.seconds,
+                "sites/waited_s": line.waited_s,
+                "sites/age_steps": line.applied_step - line.started_step,
+                "sites/payload_bytes": sum(line.payload_bytes),
+                "sites/wire_bytes": sum(line.wire_bytes),
+                "sites/participants": len(line.participants),
+            }
+        )
+
+    def take_metrics(self) -> list[dict[str, float]]:
+        """Returns the metrics of each round that was applied since the last call."""
+        metrics, self._metrics = self._metrics, []
+        return metrics
+
+    def note_changes(self, names: list[str], round_: int, lost_s: float, outcome: Outcome) -> None:
+        """Prints which sites a round left out or admitted."""
+        for sentence in self._describe_changes(names, round_, lost_s, outcome):
+            self.note(sentence)
+
+    def _describe_changes(
+        self, names: list[str], round_: int, lost_s: float, outcome: Outcome
+    ) -> Iterator[str]:
+        arrived = outcome.arrived
+        for site, name in enumerate(names):
+            if site in arrived.admitted:
+                self._absent.discard(site)
+                yield (
+                    f"site {name} is back: it gets the weights after round {round_} from site "
+                    f"{names[LEADER]} and takes part from round {round_ + 1} on"
+                )
+            elif site in arrived.participants:
+                self._absent.discard(site)
+            elif site not in self._absent:
+                self._absent.add(site)
+                yield (
+                    f"site {name} has not been heard at site {names[LEADER]} for {lost_s:g} s "
+                    f"(--sites.lost_s): training goes on without it, from round {round_} on"
+                )

@@ -1,0 +1,151 @@
+"""Cases of tests/sites_acceptance.py: faults that strike a job at two sites."""
+
+import threading
+import time
+from functools import partial
+
+from launch_faults import signal_supervisor
+
+PERIOD, STEPS = 10, 60
+AT_ROUND = (1, 2, 4)  # applied when the fault strikes, by repetition
+RUN = {"steps": STEPS, "save_every": PERIOD, "sites__period": PERIOD, "sites__codec": "float32"}
+MBIT = 20.0
+INSIDE = 300_000  # bytes of a code of about 1.6 MB
+LOST_S = 8.0  # for the cases that go on without a site
+LIMIT_S = 420
+
+
+def wait_inside_a_fragment(scene, launched):
+    """Waits until a part of a code is on its way."""
+    start = scene.sent_bytes()
+    scene.wait_for(launched, lambda: scene.sent_bytes() > start + INSIDE)
+
+
+def cut(seconds, scene, launched, repetition):
+    del repetition
+    wait_inside_a_fragment(scene, launched)
+    scene.bed.link("h0", "h1", up=False)
+    time.sleep(seconds)
+    scene.bed.link("h0", "h1", up=True)
+
+
+def kill_rank(scene, launched, repetition):
+    del launched
+    scene.kill_trainer(("h1", "h0", "h1")[repetition])
+
+
+def kill_supervisor(scene, launched, repetition):
+    del launched
+    signal_supervisor(scene, ("h1", "h0", "h1")[repetition])
+
+
+def kill_site(scene, launched, repetition):
+    """Switches all of a site off, and on again."""
+    del launched
+    host = ("h1", "h0", "h1")[repetition]
+    scene.bed.kill(host)
+    time.sleep(10)
+    scene.bed.boot(host)
+    scene.set_link(MBIT)
+
+
+def kill_at(moments, scene, launched, repetition):
+    """Kills a rank at a moment that tests/sites_faulty.py knows."""
+    host = ("h1", "h0", "h1")[repetition]
+    moment = moments[repetition % len(moments)]
+    scene.bed.run(host, "bash", "-c", f"echo {moment} > /tmp/fault")
+    hit = lambda: not scene.bed.run(host, "bash", "-c", "ls /tmp/fault 2>/dev/null || true")
+    scene.wait_for(launched, hit)
+
+
+def stay_away(scene, launched, repetition):
+    """Keeps a site away for about as long as three rounds take, while the other waits."""
+    del launched, repetition
+    scene.bed.link("h0", "h1", up=False)
+    scene.kill_trainer("h1")
+    time.sleep(25)
+    scene.bed.link("h0", "h1", up=True)
+
+
+BITWISE = {
+    "cut_5": partial(cut, 5),
+    "cut_60": partial(cut, 60),
+    "rank": kill_rank,
+    "supervisor": kill_supervisor,
+    "site": kill_site,
+    "away": stay_away,
+    "outer": partial(kill_at, ("outer", "recorded")),
+    "save": partial(kill_at, ("save",)),
+}
+
+
+def run_with_fault(name, scene, reference, repetition) -> dict:
+    """Strikes a run; returns whether it ended with the bits of one without a fault."""
+    run = f"{name}-{repetition}"
+    launched = scene.launch(run, **RUN)
+    applied = lambda: len(scene.ledger(run, "new_york")) >= AT_ROUND[repetition]
+    scene.wait_for(launched, applied)
+    striking = threading.Thread(target=BITWISE[name], args=(scene, launched, repetition))
+    striking.start()
+    status = launched.wait(LIMIT_S)
+    striking.join()
+    return {
+        "exit 0": status == 0,
+        "same bits": status == 0 and bits_of(scene, run) == reference(),
+        "nothing said of another history": "differs from the one before" not in launched.output(),
+    }
+
+
+def bits_of(scene, run) -> list:
+    return [scene.bits(run, site) for site in ("new_york", "asuncion")]
+
+
+def resume_both(scene, reference, repetition) -> dict:
+    """Kills both sites at once, and resumes them with one command."""
+    run = f"both-{repetition}"
+    launched = scene.launch(run, **RUN)
+    applied = lambda: len(scene.ledger(run, "new_york")) >= AT_ROUND[repetition]
+    scene.wait_for(launched, applied)
+    job = scene.job(launched)
+    stopped = scene.run(f"{run}-stop", "stop", job, "--now").wait(LIMIT_S)
+    launched.wait(LIMIT_S)
+    resumed = scene.run(f"{run}-resume", "resume", job)
+    status = resumed.wait(LIMIT_S)
+    same = status == 0 and bits_of(scene, run) == reference()
+    return {"stopped": stopped == 0, "exit 0": status == 0, "same bits": same}
+
+
+def leave_out(scene, reference, repetition) -> dict:
+    """Keeps the second site away for three rounds, while the first one goes on; then it returns.
+
+    Afterwards the first site's trainer is killed: it must decide the same again.
+    """
+    del reference
+    run = f"left_out-{repetition}"
+    options = {"steps": 2 * STEPS, "sites__on_loss": "fewer", "sites__lost_s": LOST_S}
+    launched = scene.launch(run, **RUN | options)
+    ledger = lambda site="new_york": scene.ledger(run, site)
+    scene.wait_for(launched, lambda: len(ledger()) >= 1)
+    scene.bed.link("h0", "h1", up=False)
+    alone = lambda: [line for line in ledger() if line.participants == ("new_york",)]
+    scene.wait_for(launched, lambda: len(alone()) >= 3)
+    scene.bed.link("h0", "h1", up=True)
+    scene.wait_for(launched, lambda: len(ledger()[-1].participants) == 2 and alone())
+    scene.kill_trainer("h0")
+    status = launched.wait(LIMIT_S)
+    weights = [scene.weights(run, site) for site in ("new_york", "asuncion")]
+    said = launched.output()
+    return {
+        "rounds without it": len(alone()),
+        "exit 0": status == 0,
+        "three rounds without it": len(alone()) >= 3,
+        "same weights at both sites": weights[0] == weights[1],
+        "both took part at the end": len(ledger()[-1].participants) == 2,
+        "said that it goes on": "training goes on without it" in said,
+        "said that it is back": "is back: it gets the weights" in said,
+        "same history": "differs from the one before" not in said,
+    }
+
+
+CASES = {name: partial(run_with_fault, name) for name in BITWISE}
+CASES |= {"both": resume_both, "left_out": leave_out}
