@@ -58,7 +58,8 @@ LONGEST = (
 
 # Further files that take over 2 s. All others are the fast subset: python -m pytest -m fast
 SLOW = """
-benchmarks_first_day benchmarks_optimizer benchmarks_transfer checkpoint_broken checkpoint_integrity
+benchmarks_first_day benchmarks_optimizer benchmarks_transfer branching checkpoint_broken
+checkpoint_integrity
 checkpoint_manager checkpoint_processes config_command_line crosscheck_loops crosscheck_reordering
 crosscheck_torch_model data_encoding_cut_points data_encoding_journal data_encoding_pipeline
 data_loader data_tokenizer data_vocabulary distributed_mesh distributed_preemption docs docs_minimal
