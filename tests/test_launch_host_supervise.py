@@ -19,7 +19,7 @@ from launch.host.supervise import Supervisor
 ROOT = Path(__file__).parent.parent
 SUPERVISE = (
     "import sys, pathlib; from launch.host.supervise import Supervisor\n"
-    "sys.exit(Supervisor(pathlib.Path(sys.argv[1]), False).run())"
+    "sys.exit(Supervisor(pathlib.Path(sys.argv[1])).run())"
 )
 FILL = """
 import os
@@ -65,7 +65,7 @@ def start_leader(tmp_path):
     def start():
         for former in supervisors:
             former.followers.close()  # it gives up its port
-        supervisors.append(Supervisor(tmp_path, orphaned=False))
+        supervisors.append(Supervisor(tmp_path))
         return supervisors[-1]
 
     yield start

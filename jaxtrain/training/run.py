@@ -147,14 +147,14 @@ def compile_for_run(function: Callable, run: Run, options: dict[str, Any] | None
     return step
 
 
-def restore_run(workdir: Path | str, step: int | None = None) -> tuple[Run, TrainState]:
-    """Restores a run's newest good checkpoint, or that of `step`, on this machine's devices.
+def build_reader(workdir: Path | str) -> Run:
+    """Builds a run, to read its checkpoints on this machine's devices.
 
     Uses the largest number of devices that divides the batch, and kernel routes that this machine
     has. Logs unused devices and changed routes.
 
     Raises:
-        ValueError: the folder contains no run, or no checkpoint yet.
+        ValueError: the folder contains no run.
     """
     trained, cfg = load_train_config(workdir), load_train_config(workdir, READER_OVERRIDES)
     start_runtime(cfg)
@@ -168,10 +168,19 @@ def restore_run(workdir: Path | str, step: int | None = None) -> tuple[Run, Trai
         logging.info(
             "using %d of %d devices: they must divide a batch of %d", used, len(devices), rows
         )
-    run = build_run(cfg, devices[:used])
+    return build_run(cfg, devices[:used])
+
+
+def restore_run(workdir: Path | str, step: int | None = None) -> tuple[Run, TrainState]:
+    """Restores a run's newest good checkpoint, or that of `step`, as build_reader.
+
+    Raises:
+        ValueError: the folder contains no run, or no checkpoint yet.
+    """
+    run = build_reader(workdir)
     folder = Path(workdir) / "checkpoints"
     template = abstract_state(run.model, run.optimizer, run.mesh)
-    with Checkpoints(folder, cfg.keep_last, read_only=True) as checkpoints:
+    with Checkpoints(folder, run.cfg.keep_last, read_only=True) as checkpoints:
         restored = checkpoints.restore(template, step=step)
     if restored is None:
         raise ValueError(

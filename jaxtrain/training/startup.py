@@ -31,6 +31,7 @@ from jaxtrain.ops.routes import describe_routes
 from jaxtrain.optim.param_groups import format_group_table, group_table
 from jaxtrain.optim.preconditioner_cost import ROTATIONS, owner_imbalance
 from jaxtrain.optim.sharded_muon import load_imbalance
+from jaxtrain.run_directory.lineage import KEY, read_branch, read_lineage
 from jaxtrain.training.evaluation import Evaluator
 from jaxtrain.training.run import Run
 
@@ -75,6 +76,8 @@ def startup_lines(
     if warmup > total:  # no error: the first part of a longer run may be trained on its own
         yield "warning", f"peak rates are not reached: warmup_steps {warmup} of total_steps {total}"
     yield "run", f"{Path(cfg.workdir).resolve()}"
+    if branch := read_branch(cfg.workdir):
+        yield "branch", f"from step {branch['step']} of {branch['parent']}"
     for step, reason in checkpoints.rejected:
         yield "rejected", f"checkpoint {step}: {reason}"
     if restored is not None:
@@ -203,6 +206,7 @@ def build_config_json(
     """
     device = run.mesh.devices.flat[0]
     groups = group_table(run.cfg.optim, run.model.axes, run.model.shapes)
+    lineage = read_lineage(run.cfg.workdir)  # written when a branch was created
     return {
         "config": config_lib.to_dict(run.cfg),
         "config_hash": config_lib.config_hash(run.cfg),
@@ -226,4 +230,4 @@ def build_config_json(
             "tokens": corpus.tokens,
             "tokenizer": corpus.tokenizer_name,
         },
-    }
+    } | ({KEY: lineage} if lineage else {})

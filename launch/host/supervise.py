@@ -43,10 +43,11 @@ class Supervisor:
 
     Args:
         folder: the job's folder: job.json, log/, status.json, lease, stop.
-        orphaned: an earlier worker was killed.
+        fate: what happened to an earlier worker, such as "was killed"; "" if there was none.
+        life: a pipe to the keeper that gets a byte at every report; None without a keeper.
     """
 
-    def __init__(self, folder: Path, orphaned: bool):
+    def __init__(self, folder: Path, fate: str = "", life: int | None = None):
         self.folder, self.job = folder, read_json(folder / "job.json")
         self.policy = Policy(**self.job["policy"])
         self.me = self.job["me"]
@@ -54,7 +55,7 @@ class Supervisor:
         self._silent_s = self.policy.stopped_s + MARGIN_S
         self.ranks = LocalRanks(self.job, folder, self.log, self._silent_s)
         self.names = [host["name"] for host in self.job["hosts"]]
-        self._orphaned, self._oom_kills = orphaned, oom_kills()
+        self._fate, self._life, self._oom_kills = fate, life, oom_kills()
         self._paused_s = 0.0  # for which this process did not run, during the attempt
         self._target: dict[str, Any] = {"attempt": 0, "do": "kill", "world": {}, "outcome": None}
         self._target_at = now = time.monotonic()
@@ -79,8 +80,8 @@ class Supervisor:
             self.controller.acknowledged_s = self.followers.acknowledged_s
         else:
             self.leader = FollowerChannel(address, port, token)
-        if orphaned or self.ranks.attempt:
-            ended = "was killed" if orphaned else "ended without an outcome (reboot or power loss?)"
+        if fate or self.ranks.attempt:
+            ended = fate or "ended without an outcome (reboot or power loss?)"
             mark = "ROOT CAUSE " if self.me == 0 else ""  # the leader reports other hosts' causes
             name = self.names[self.me]
             text = f"{name}: its supervisor {ended}; a new one has started"
@@ -108,7 +109,7 @@ class Supervisor:
             "clean": not living,
             "pids": living[:8],
             "oom_kills": oom_kills() - self._oom_kills,
-            "orphaned": self._orphaned,
+            "orphaned": self._fate,
             "paused_s": self._paused_s,
             "lease_age_s": self._lease_age_s(now),
             "stop": self._stop_reason(),
@@ -146,7 +147,7 @@ class Supervisor:
                 if now - self._reported_at > self._silent_s and self.ranks.all_killed():
                     self._paused_s = now - self._reported_at
                 self._reported_at = now
-                self.ranks.show_life()
+                self._show_life()
                 report = self.report()
                 if self.controller:
                     self._lead(report, now)
@@ -164,6 +165,13 @@ class Supervisor:
                     self.webhook.close(ALERTS_S)
                     return outcome["code"]
                 time.sleep(RETRY_S)
+
+    def _show_life(self) -> None:
+        """Shows the keeper and the watcher that this process runs."""
+        self.ranks.show_life()
+        if self._life is not None:
+            with contextlib.suppress(OSError):  # the keeper is stopped and the pipe full
+                os.write(self._life, b"\n")
 
     def _lead(self, report: dict[str, Any], now: float) -> None:
         """Decides the target from all hosts' reports, and sends it to them."""
@@ -195,7 +203,7 @@ class Supervisor:
         do, attempt, world = self._target["do"], self._target["attempt"], self._target["world"]
         if do in ("run", "term", "dump") and attempt > self.ranks.attempt:
             if self.me in world["members"] and not self.ranks.living():
-                self._orphaned, self._paused_s, self._oom_kills = False, 0.0, oom_kills()
+                self._fate, self._paused_s, self._oom_kills = "", 0.0, oom_kills()
                 self.ranks.start(attempt, world)
         elif do == "term":
             self.ranks.signal_once(signal.SIGTERM)
