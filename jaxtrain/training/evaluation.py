@@ -1,19 +1,26 @@
-"""Held-out loss: nats per token and, if the text's size in bytes is known, bits per byte."""
+"""Held-out loss: nats per token and, if the text's size in bytes is known, bits per byte.
+
+An Evaluator adds the tasks and further held-out texts of eval.tasks.
+"""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxtrain.config.train_config import TrainConfig
-from jaxtrain.data.loader import build_eval_batches
+from jaxtrain.data.corpus import Corpus
+from jaxtrain.data.loader import EvalBatches, build_eval_batches
 from jaxtrain.data.sources import AnyCorpus, MixedCorpus, list_corpora
+from jaxtrain.data.tasks.open_tasks import Task, fingerprint_tasks
 from jaxtrain.distributed.mesh import replicated
 from jaxtrain.optim.acceleration import eval_params
 from jaxtrain.training.run import Run
+from jaxtrain.training.scoring import Scorer
 from jaxtrain.training.step import TrainState, batch_loss, microbatches, target_weights
+from jaxtrain.training.tasks import TaskScores
 
 FEW_TOKENS = 1_000  # a token's nats vary by about 3, so the mean of 1,000 by about 0.1
 
@@ -39,7 +46,7 @@ def build_eval_step(run: Run) -> Callable:
     return jax.jit(eval_step, out_shardings=replicated(run.mesh))
 
 
-def build_byte_counter(corpus: AnyCorpus, mesh: Mesh) -> Callable[[dict], jax.Array] | None:
+def build_byte_counter(corpus: Corpus, mesh: Mesh) -> Callable[[dict], jax.Array] | None:
     """Returns count(batch) -> int32 [], the bytes of text that a batch's targets stand for.
 
     It is a separate program, so that the evaluation step is the same with and without it. A token
@@ -102,35 +109,101 @@ def evaluate(
     return metrics
 
 
-def evaluate_sources(
-    run: Run,
-    state: TrainState,
-    corpus: AnyCorpus,
-    eval_step: Callable,
-    count_bytes: Callable[[dict], jax.Array] | None = None,
-    max_tokens: int = 0,
-    stop_signal: Callable = lambda: None,
-    watch: Callable[[Iterable[dict]], Iterable[dict]] = lambda batches: batches,
-) -> dict[str, float] | None:
-    """Returns what evaluate does; for a mixture, also "eval/SOURCE_loss_nats" and the like.
-
-    Each source of a mixture is evaluated on its own held-out text. The figures without a source's
-    name are those of text in which the sources have the shares that they have in the whole run.
+class Evaluator:
+    """Evaluates a run's weights on held-out text and on tasks, with programs compiled once.
 
     Args:
-        max_tokens: over all sources, each of which reads an equal part of them; 0 reads everything.
-        watch: returns the batches of a source, and shows the progress.
+        run: from build_run.
+        held_out: the run's own held-out text, or that of each source of its mixture.
+        tasks: from open_tasks.
+
+    Raises:
+        ValueError: a held-out text is empty, or a document mask needs boundaries that it lacks; a
+            task has the name of a source.
     """
-    found: dict[str, dict[str, float]] = {}
-    corpora = list_corpora(corpus)
-    for name, part in corpora.items():
-        batches = watch(build_eval_batches(run.cfg.data, part, run.mesh))
-        limit = -(-max_tokens // len(corpora))
-        metrics = evaluate(eval_step, state, batches, count_bytes, limit, stop_signal)
-        if metrics is None:
-            return None
-        found[name] = metrics
-    return _mix(found, corpus.shares) if isinstance(corpus, MixedCorpus) else found[""]
+
+    def __init__(self, run: Run, held_out: AnyCorpus, tasks: Sequence[Task] = ()):
+        self.held_out, self._run, self._tasks = held_out, run, tasks
+        self._step = build_eval_step(run)
+        self._own = list_corpora(held_out)
+        self._further = {task.name: task.corpus for task in tasks if task.corpus is not None}
+        if both := sorted(self._own.keys() & {task.name for task in tasks}):
+            raise ValueError(
+                f"eval.tasks must not have the names of data.mixture's sources; got "
+                f"{', '.join(both)} in both. Rename one of them."
+            )
+        texts = self._own | self._further
+        build = lambda corpus: build_eval_batches(run.cfg.data, corpus, run.mesh)
+        self._batches = {name: build(corpus) for name, corpus in texts.items()}
+        self._texts = texts
+        self._counters: dict[str, Callable | None] = {}
+        has_examples = any(task.examples for task in tasks)
+        self._scores = TaskScores(Scorer(run), tasks) if has_examples else None
+
+    def describe(self) -> Iterator[str]:
+        """Yields a line about each task."""
+        yield from (task.describe(self._run.cfg.data.seq_len) for task in self._tasks)
+
+    def fingerprint(self) -> str:
+        """Returns the names and hashes of the tasks, which must be equal on all processes."""
+        return fingerprint_tasks(self._tasks)
+
+    def evaluate(
+        self,
+        state: TrainState,
+        stop_signal: Callable = lambda: None,
+        max_tokens: int = 0,
+        watch: Callable[[EvalBatches], Iterable[dict]] = lambda batches: batches,
+    ) -> dict[str, float] | None:
+        """Returns the metrics of `evaluate` for the held-out text, and those of all tasks.
+
+        Each source of a mixture is evaluated on its own held-out text: eval/SOURCE_loss_nats. The
+        figures without a name are those of text in which the sources have their shares of the run.
+
+        Args:
+            state: a TrainState; its optimizer chooses which weights are evaluated.
+            stop_signal: called before each batch; once it returns a signal, the result is None.
+            max_tokens: limit of each held-out text, which the sources of a mixture share in equal
+                parts; 0 reads everything.
+            watch: returns the batches of the run's own text, and shows the progress.
+        """
+        texts: dict[str, dict[str, float]] = {}
+        for name in self._texts:
+            is_own = name in self._own
+            batches = watch(self._batches[name]) if is_own else self._batches[name]
+            limit = -(-max_tokens // len(self._own)) if is_own else max_tokens
+            found = self._evaluate_text(name, batches, state, limit, stop_signal)
+            if found is None:
+                return None
+            texts[name] = found
+        if isinstance(self.held_out, MixedCorpus):
+            own = {name: texts[name] for name in self._own}
+            metrics = _mix(own, self.held_out.shares)
+        else:
+            metrics = texts[""]
+        for name in self._further:
+            metrics |= _with_name(name, texts[name])
+        if self._scores is None:
+            return metrics
+        params = eval_params(state.opt_state, state.params)
+        found = self._scores.evaluate(params, stop_signal)
+        return None if found is None else metrics | found
+
+    def _evaluate_text(
+        self,
+        name: str,
+        batches: Iterable[dict],
+        state: TrainState,
+        max_tokens: int,
+        stop_signal: Callable,
+    ) -> dict[str, float] | None:
+        if name not in self._counters:
+            self._counters[name] = build_byte_counter(self._texts[name], self._run.mesh)
+        return evaluate(self._step, state, batches, self._counters[name], max_tokens, stop_signal)
+
+
+def _with_name(name: str, metrics: dict[str, float]) -> dict[str, float]:
+    return {key.replace("eval/", f"eval/{name}_"): value for key, value in metrics.items()}
 
 
 def _mix(found: dict[str, dict[str, float]], shares: dict[str, float]) -> dict[str, float]:
@@ -146,8 +219,7 @@ def _mix(found: dict[str, dict[str, float]], shares: dict[str, float]) -> dict[s
         text_bytes = sum(shares[name] * size(metrics) for name, metrics in found.items())
         mixed[bits] = mixed[loss] / text_bytes if text_bytes else 0.0
     for name, metrics in found.items():
-        own = {key: metrics[key] for key in (loss, bits) if key in metrics}
-        mixed |= {key.replace("/", f"/{name}_"): value for key, value in own.items()}
+        mixed |= _with_name(name, metrics)
     return mixed
 
 

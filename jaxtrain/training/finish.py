@@ -69,7 +69,7 @@ def print_sample(loop: Loop, corpus: AnyCorpus) -> None:
         loop.logger.note("no sample: the shards do not name their tokenizer")
         return
     tokenizer = build_tokenizer(corpus.tokenizer_name)
-    [held_out, *_] = list_corpora(loop.held_out).values()
+    [held_out, *_] = list_corpora(loop.evaluator.held_out).values()
     ids = held_out.read(0, 1, 1 + PROMPT_TOKENS)
     if cfg.prompt:
         ids = tokenizer.encode(decode_shell_text(cfg.prompt, SAMPLE_FLAG))
