@@ -11,7 +11,7 @@ AT_ROUND = (1, 2, 4)  # applied when the fault strikes, by repetition
 RUN = {"steps": STEPS, "save_every": PERIOD, "sites__period": PERIOD, "sites__codec": "float32"}
 MBIT = 20.0
 INSIDE = 300_000  # bytes of a code of about 1.6 MB
-LOST_S = 8.0  # for the cases that go on without a site
+LOST_S = 20.0  # for the case that goes on without a site; both sites must start within it
 LIMIT_S = 420
 
 
