@@ -6,9 +6,10 @@
 
 `table` compares the seconds of a run with those of the same run without an exchange, counts bytes,
 and prints `jaxtrain plan`'s model beside the measurement. `computing` is the share of the time in
-which training did not wait for the exchange; other work of the machine hardly changes it. Each fault strikes a run at three places;
-the run must end with the bits of one without a fault. The cases `left_out` and `table` have other
-checks. Needs root. Prints a JSON object for each case; exits nonzero if a check is false.
+which training did not wait for the exchange; other work of the machine hardly changes it. A fault
+strikes a run at three places; the run must end with the bits of one without a fault, except in
+`left_out...`, where the first site goes on. Needs root. Prints a JSON object for each case; exits
+nonzero if a check is false.
 """
 
 import argparse
@@ -27,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import bed as beds  # noqa: E402
 import sites_faults  # noqa: E402
 from launch_scene import passes  # noqa: E402
-from sites_bed import ONE_WAY_MS, SITES, SitesScene  # noqa: E402
+from sites_bed import HOSTS, ONE_WAY_MS, SITES, SitesScene  # noqa: E402
 
 from jaxtrain.planning.sites_model import (  # noqa: E402
     Schedule,
@@ -146,7 +147,7 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="jaxtrain-sites-"))
     shared = folder / "shared"
     shared.mkdir()
-    with beds.Bed(len(SITES), shared, relayed=True) as bed:
+    with beds.Bed(HOSTS, shared, relayed=True) as bed:
         scene = SitesScene(bed, folder, shared)
         failed = run_cases(scene, args.only or cases, args.rates, args.times)
     print(f"{failed} failed; the launchers' output is in {folder}", flush=True)
