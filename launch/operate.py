@@ -19,6 +19,7 @@ from launch.terminal import indented, note, show
 STOPPED_AS_ASKED = (PREEMPTED, STOPPED)  # exit statuses: with a save, without one
 GONE_S = 30.0  # time for the last processes to end
 OLD_S = 6.0  # a status is written every 2 s; an older one is shown with its age
+SILENT_S = 15.0  # a supervisor whose status is older hangs, or cannot write
 
 
 def connect(job: Job) -> SshClient:
@@ -226,6 +227,9 @@ def _describe(answer: dict[str, Any]) -> str:
     alive = "supervised" if answer.get("alive") else "no supervisor"
     if answer.get("stopped"):
         alive, state = "STOPPED", f"a signal has stopped its supervisor; before that: {state}"
+    elif answer.get("alive") and answer.get("age_s", 0.0) > SILENT_S:
+        hint = "hangs, and is then replaced, or the disk is full. `stop --now` ends the job"
+        alive, state = "SILENT", f"its supervisor {hint}; before that: {state}"
     if answer.get("alive") and answer.get("age_s", 0.0) > OLD_S:
         state += f" ({answer['age_s']:.0f} s ago)"
     return f"attempt {answer.get('attempt', '-')}  {alive:13}  {state}"

@@ -12,7 +12,8 @@ runs from the spread between blocks of steps, which misses differences between r
 needs --provisional, and each check says so. Every figure has a floor, a tolerance of 1 to 5 % that
 runs of equal speed cannot narrow. `check` exits with 0 if all figures are within their
 bounds, with 1 if one is not, and with 2 if the run is not comparable with the baseline because the
-config, the chip, the number of hosts or the versions differ.
+config, the chip, the number of hosts or the versions differ. If JAXTRAIN_NOTIFY_URL is set, a
+breach is also sent to this webhook.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from launch.arguments import Parser, bounded, positive
 from launch.host.files import write_text
+from launch.host.webhook import DEFAULT, VARIABLE, Webhook, read_url
 from launch.pull import fetch, find_sources
 from launch.report.baseline import (
     FIGURES,
@@ -180,15 +182,18 @@ def do_check(args: argparse.Namespace) -> int:
     unknown = [name for name in across if name not in KEYS]
     if unknown:
         raise ValueError(f"--across must name some of {', '.join(KEYS)}; got {unknown[0]!r}.")
-    baseline = read_baseline(args.against)
+    baseline, url = read_baseline(args.against), read_url(DEFAULT, VARIABLE)
     runs = [read_run(fetch(source)) for source in find_sources(args.run)]
-    return max(check_run(run, baseline, across, args) for run in runs)
+    return max(check_run(run, baseline, across, args, url) for run in runs)
 
 
 def check_run(
-    run: RunFolder, baseline: dict, across: Sequence[str], args: argparse.Namespace
+    run: RunFolder, baseline: dict, across: Sequence[str], args: argparse.Namespace, url: str = ""
 ) -> int:
     """Prints how a run compares with a baseline; returns the exit status.
+
+    Args:
+        url: of a webhook that a breach is sent to; "" sends nothing.
 
     Raises:
         ValueError: they are not comparable.
@@ -197,8 +202,23 @@ def check_run(
     if differing:
         raise ValueError("\n".join(["the run is not comparable with --against:", *differing]))
     rows = check(baseline, run)
+    broken = [row for row in rows if row["state"] == "BREACH"]
+    if broken and url:
+        alert_breach(url, run, broken, args.against)
     show(json.dumps(rows) if args.json else show_check(rows, run, baseline, args.against))
-    return BREACH if any(row["state"] == "BREACH" for row in rows) else 0
+    return BREACH if broken else 0
+
+
+def alert_breach(url: str, run: RunFolder, broken: Sequence[dict], against: str) -> None:
+    """Sends the figures that break their bounds to a webhook."""
+    texts = []
+    for row in broken:
+        figure = FIGURES[row["figure"]]
+        bound, value = _bound(figure, row["bound"]), figure.form(row["run"])
+        texts.append(f"{figure.words} {value}, must be {bound}")
+    webhook = Webhook(url, run.name, warn)
+    webhook.send("breach", f"SLO breach against {against}: {'; '.join(texts)}")
+    webhook.close()
 
 
 def do_price(args: argparse.Namespace) -> int:

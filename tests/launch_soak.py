@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import bed as beds  # noqa: E402
 import soak_trends  # noqa: E402
 from launch_scene import Scene  # noqa: E402
-from launch_soaked import LEAKS  # noqa: E402
+from launch_soaked import LEAKS, MEMORY  # noqa: E402
 from small_disk import small_disk  # noqa: E402
 
 from launch.arguments import Parser, positive  # noqa: E402
@@ -152,7 +152,10 @@ class Soak:
     def _sample(self, now: float) -> None:
         for pid, role in self._processes().items():
             name = self._names.setdefault(pid, f"{role}, pid {pid}")
-            self._add(name, now, measure_process(pid))
+            sample = measure_process(pid)
+            if sample and role.endswith("rank"):  # {} until the rank has stored its first
+                sample |= read_json(self.folder_on(role.split()[0]) / MEMORY)
+            self._add(name, now, sample)
         for host in self.scene.bed.names:
             self._add(f"{host} job folder", now, measure_folder(self.folder_on(host)))
         self._add("operator's job folder", now, measure_folder(self.job.folder))

@@ -1,8 +1,10 @@
 """Decides whether a series of samples has stopped growing, for tests/launch_soak.py.
 
 The first half of a series is its warm-up. Over the second half, the slope is the median of the
-slopes between all pairs of samples, which a few outliers do not move; the growth is this slope
-times the duration of the half. Source: Theil 1950 and Sen 1968, the Theil-Sen estimator.
+slopes between all pairs of samples, which a few outliers do not move. The growth is this slope
+times the duration of the half or, if it is more, the median of the half's last quarter less that of
+its first: a series that rises in a few large steps has a slope of 0 between most pairs.
+Source: Theil 1950 and Sen 1968, the Theil-Sen estimator.
 """
 
 import math
@@ -17,7 +19,8 @@ MEMORY_SHARE = 0.01  # memory may grow by less than this share of its median
 # the number of threads differ somewhat from one save to the next.
 COUNT, COUNT_SHARE = 1.0, 0.1
 # PSS is not judged: it falls and rises with the other processes that map the same libraries.
-MEMORY, COUNTS = ("rss_bytes", "anonymous_bytes"), ("descriptors", "threads", "files")
+MEMORY = ("rss_bytes", "anonymous_bytes", "malloc_bytes", "python_blocks")
+COUNTS = ("descriptors", "threads", "files")
 
 
 def growth(times_s: Sequence[float], values: Sequence[float]) -> float:
@@ -32,7 +35,9 @@ def growth(times_s: Sequence[float], values: Sequence[float]) -> float:
     t_N, x_N = np.asarray(times_s[half:], float), np.asarray(values[half:], float)
     earlier, later = np.triu_indices(len(t_N), 1)
     slopes = (x_N[later] - x_N[earlier]) / (t_N[later] - t_N[earlier])
-    return float(np.median(slopes) * (t_N[-1] - t_N[0]))
+    quarter = len(x_N) // 4
+    rise = np.median(x_N[-quarter:]) - np.median(x_N[:quarter])
+    return float(max(np.median(slopes) * (t_N[-1] - t_N[0]), rise))
 
 
 def summarize(samples: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
@@ -42,12 +47,13 @@ def summarize(samples: Sequence[Mapping[str, float]]) -> dict[str, dict[str, flo
     of the whole series, the largest value.
 
     Args:
-        samples: dicts of the same keys; "time_s" is the time.
+        samples: "time_s" and the values of the same figures. The first ones may lack some figures,
+            which then count as those of the last.
     """
     times_s, half = [sample["time_s"] for sample in samples], len(samples) // 2
     figures = {}
-    for name in samples[0].keys() - {"time_s"}:
-        values = [sample[name] for sample in samples]
+    for name in samples[-1].keys() - {"time_s"}:
+        values = [sample.get(name, samples[-1][name]) for sample in samples]
         figures[name] = {
             "median": float(np.median(values[half:])),
             "lowest_tenth": float(np.quantile(values[half:], 0.1)),

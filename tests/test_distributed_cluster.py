@@ -56,8 +56,9 @@ def test_the_world_is_detected_from_the_variables_of_each_engine(env, world):
     assert detect_world(env) == world
 
 
-def test_the_number_of_devices_that_a_process_must_find_is_read():
+def test_the_launchers_number_of_devices_and_its_heartbeat_limit_are_read():
     env = {"JAX_NUM_PROCESSES": "1", "JAXTRAIN_LOCAL_DEVICES": "8"}
+    assert detect_world(env | {"JAXTRAIN_HEARTBEAT_S": "60"}).heartbeat_s == 60
     assert detect_world(env) == World("JAX_*", "", 1, 0, None, 1, 8)
 
 

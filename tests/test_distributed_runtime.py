@@ -74,8 +74,7 @@ from jaxtrain.distributed.cluster import World
 
 address, process = sys.argv[1:]
 jax.config.update("jax_platforms", "cuda")  # pretends that there are GPUs; no device is used
-runtime.HEARTBEAT_S = 2
-runtime.start_runtime(TrainConfig(), World("test", address, 2, int(process)))
+runtime.start_runtime(TrainConfig(), World("test", address, 2, int(process), heartbeat_s=2))
 print("cache:", jax.config.jax_compilation_cache_dir, flush=True)
 if process == "0":
     time.sleep(60)  # like a collective that waits for a dead peer

@@ -1,4 +1,4 @@
-"""A supervisor that a signal has stopped neither hides its job nor protects it."""
+"""A supervisor that is stopped or hangs neither hides its job nor protects it."""
 
 import json
 import os
@@ -13,14 +13,19 @@ from launch import operate, ssh
 from launch.host import processes, requests
 from launch.host.exit_codes import STOPPED
 from launch.host.restart_policy import NOW, Policy
+from launch.host.supervise import REPORT_S
 from launch.inventory import Host
 from launch.job import PYTHON, Job
 
 
 class Running:
-    """A job on this machine whose supervisor is stopped by SIGSTOP: the worker, not its keeper."""
+    """A job on this machine whose supervisor is stopped by SIGSTOP: the worker, not its keeper.
 
-    def __init__(self, tmp_path, **policy):
+    Args:
+        hangs: the worker hangs instead, in the opening of a file.
+    """
+
+    def __init__(self, tmp_path, hangs=False, **policy):
         host = Host("a", "127.0.0.1", python=sys.executable, workdir=str(tmp_path / "host"))
         argv = [PYTHON, "-c", "import time; time.sleep(60)"]
         record = {"argv": argv, "ranks_per_host": 1, "env": {}, "folders": {"a": str(tmp_path)}}
@@ -30,13 +35,21 @@ class Running:
         assert self.client.call(host, self.job.request(host)) == {"started": True}
         self.wait(lambda: processes.marked(self.job.id))
         self.worker = self.status()["pid"]
-        os.kill(self.worker, signal.SIGSTOP)
+        if not hangs:
+            os.kill(self.worker, signal.SIGSTOP)
+            return
+        os.mkfifo(self.folder / "stop")  # opening it waits for somebody who writes
+        time.sleep(3 * REPORT_S)
+        (self.folder / "stop").unlink()  # or the next worker would hang, too
 
     def wait(self, condition, limit_s=20.0):
         deadline = time.monotonic() + limit_s
         while not condition():
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+    def log(self):
+        return "".join(path.read_text() for path in sorted((self.folder / "log").iterdir()))
 
     def status(self):
         return json.loads((self.folder / "status.json").read_text())
@@ -72,15 +85,30 @@ def test_a_supervisor_that_stays_stopped_is_replaced_and_its_ranks_end(start):
     running.wait(lambda: not processes.is_alive(running.worker))
     running.wait(lambda: running.status()["attempt"] == 2)
     assert not processes.is_alive(rank)
-    text = "".join(path.read_text() for path in sorted((running.folder / "log").iterdir()))
-    assert "a: its supervisor was killed; a new one has started" in text
+    cause = "ROOT CAUSE a: its supervisor was stopped by a signal for over 2 s, so it was killed"
+    assert cause in running.log()
 
 
-def test_ranks_end_by_themselves_while_the_whole_supervisor_is_stopped(start, monkeypatch):
+@pytest.fixture
+def short_margin(monkeypatch):
+    """Supervisors whose longest turn counts as 0.5 s, not MARGIN_S."""
     sources = ssh.host_modules()
     for name, text in sources.items():
         sources[name] = text.replace("MARGIN_S = 10.0", "MARGIN_S = 0.5")
     monkeypatch.setattr(ssh, "host_modules", lambda: sources)
+
+
+def test_a_supervisor_that_hangs_is_replaced_and_its_stack_is_stored(start, short_margin):
+    running = start(hangs=True, stopped_s=2.0)
+    [rank] = processes.marked(running.job.id)
+    running.wait(lambda: running.status()["attempt"] == 2)
+    assert not processes.is_alive(rank)
+    cause = "ROOT CAUSE a: its supervisor hung for 3 s, so it was killed; its stack is in"
+    assert cause in running.log()
+    assert "in _stop_reason" in (running.folder / "supervisor.err").read_text()
+
+
+def test_ranks_end_by_themselves_while_the_whole_supervisor_is_stopped(start, short_margin):
     running = start(stopped_s=2.0)
     keeper = processes.read_stat(running.worker).parent
     os.kill(keeper, signal.SIGSTOP)

@@ -39,8 +39,9 @@ def environment_of_rank(folder, names, env=(), **job):
 def test_jax_cannot_fall_back_to_the_cpu_on_a_host_with_gpus(tmp_path, monkeypatch):
     for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
-    names = ("JAX_PLATFORMS", "JAXTRAIN_LOCAL_DEVICES")
-    assert environment_of_rank(tmp_path, names) == (None, None)
+    names = ("JAX_PLATFORMS", "JAXTRAIN_LOCAL_DEVICES", "JAXTRAIN_HEARTBEAT_S")
+    assert environment_of_rank(tmp_path, names) == (None, None, "60")  # twice LocalRanks' silent_s
+    names = names[:2]
     assert environment_of_rank(tmp_path, names, gpus=8) == ("cuda,cpu", "8")
     env = {"JAX_PLATFORMS": "cpu"}
     assert environment_of_rank(tmp_path, names, env, gpus=8) == ("cpu", None)

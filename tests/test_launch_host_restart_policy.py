@@ -243,7 +243,7 @@ def test_a_rank_without_a_heartbeat_is_stuck_after_start_s():
 def test_a_killed_supervisor_is_the_cause():
     scenario = Scenario()
     scenario.advance(2)
-    scenario.extra[1] = {"orphaned": True, "ranks": []}
+    scenario.extra[1] = {"orphaned": "was killed", "ranks": []}
     scenario.advance(3)
     assert scenario.causes() == ["ROOT CAUSE h1: its supervisor was killed"]
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from web_server import SECRET, Server
 
 from launch.host.channel import free_port
 from launch.host.log import read
@@ -18,7 +19,7 @@ from launch.host.supervise import Supervisor
 ROOT = Path(__file__).parent.parent
 SUPERVISE = (
     "import sys, pathlib; from launch.host.supervise import Supervisor\n"
-    "sys.exit(Supervisor(pathlib.Path(sys.argv[1]), False).run())"
+    "sys.exit(Supervisor(pathlib.Path(sys.argv[1])).run())"
 )
 FILL = """
 import os
@@ -64,7 +65,7 @@ def start_leader(tmp_path):
     def start():
         for former in supervisors:
             former.followers.close()  # it gives up its port
-        supervisors.append(Supervisor(tmp_path, orphaned=False))
+        supervisors.append(Supervisor(tmp_path))
         return supervisors[-1]
 
     yield start
@@ -103,6 +104,20 @@ def test_a_supervisor_that_starts_after_a_reboot_names_it_as_the_cause(start_lea
     start_leader()
     cause = b"launch: ROOT CAUSE a: its supervisor ended without an outcome"
     assert (cause in read(folder / "log", 0)[1]) == bool(status)
+
+
+def test_the_failure_of_a_job_is_sent_to_its_webhook_and_the_address_is_in_no_log(tmp_path):
+    server = Server()
+    try:
+        env = {"JAXTRAIN_NOTIFY_URL": server.url}
+        assert supervise(tmp_path, "raise SystemExit(3)", env=env).wait(30) == 3
+    finally:
+        server.close()
+    [alert] = server.bodies()
+    assert alert["event"] == "failed" and "a rank 0" in alert["text"]
+    assert alert["source"] == f"job test-{os.getpid()}"
+    written = [p.read_text(errors="replace") for p in tmp_path.rglob("*") if p.is_file()]
+    assert sum(SECRET in text for text in written) == 1  # job.json
 
 
 def outcome_in(folder):

@@ -35,6 +35,8 @@ def test_what_only_warms_up_or_varies_is_no_leak():
         ("rss_bytes", lambda i: 400 * MIB + i * 25_000),  # 5 MB over the second half: 1.2 %
         ("rss_bytes", lambda i: 12 * MIB + i * 700 + (i % 7) * 4096),  # a small process
         ("anonymous_bytes", lambda i: 400 * MIB + (i // 50) * MIB * 2),  # in steps, at each save
+        ("rss_bytes", lambda i: (400 + (i // 130) * 5) * MIB),  # a staircase of two steps
+        ("rss_bytes", lambda i: (400 + (i > 300) * 5 + i % 3) * MIB),  # one step
         ("descriptors", lambda i: 40 + i // 20 + 12 * (i % 25 == 0)),  # one at every evaluation
         ("threads", lambda i: 20 + i // 40),
         ("files", lambda i: 9 + i // 60),

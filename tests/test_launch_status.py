@@ -48,6 +48,8 @@ def test_a_header_that_is_nested_too_deeply_has_no_meaning():
         ({"outcome": {"code": 0, "why": "x\nb  attempt 1"}}, "x\n    b  attempt 1"),
         ({"report": {"ranks": [{}]}}, "no meaning"),
         ({"alive": True, "age_s": "old"}, "no meaning"),
+        ({"alive": True, "age_s": 7.0}, "supervised     idle (7 s ago)"),
+        ({"alive": True, "age_s": 16.0}, "SILENT         its supervisor hangs, and is"),
         ({"report": {"ranks": [RANK]}}, "rank 1 step 40 train (STRAGGLER in data; data 1.95x)"),
         ({"report": {"ranks": [RANK | {"slow": []}]}}, "rank 1 step 40 train (data 1.95x)"),
         ({"report": {"ranks": [RANK | {"ratios": {"data": "x"}}]}}, "no meaning"),

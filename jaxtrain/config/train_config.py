@@ -19,9 +19,11 @@ from jaxtrain.config.fields import INT64_MAX, Section, field_error, find_fault, 
 from jaxtrain.config.model_section import ModelConfig
 from jaxtrain.config.run_sections import (
     CheckpointConfig,
+    EvalConfig,
     ExportConfig,
     MeasureConfig,
     MeshConfig,
+    NotifyConfig,
     ProfileConfig,
     SampleConfig,
     SitesConfig,
@@ -35,7 +37,7 @@ from jaxtrain.config.sections import (
 )
 
 NOT_MATRICES = ("embed", "positions", "head")  # names in model.init_std that are no hidden matrices
-MAX_FIELDS = 155  # a test enforces it
+MAX_FIELDS = 156  # a test enforces it
 # Fields, or sections, that may differ between the sites of a job: those of one machine, and numbers
 # of steps, because a faster site takes more of them in the same time.
 SITE_FIELDS = (
@@ -43,7 +45,8 @@ SITE_FIELDS = (
     *("model.attention", "optim.total_steps", "optim.warmup_steps", "sites.period", "sites.delay"),
     *("log_every", "eval_every", "eval_from", "eval_tokens", "save_every", "keep_last"),
     *("keep_every", "diagnose_every", "max_bad_steps", "checkpoint.", "sample.", "measure."),
-    *("profile.", "export.", "workdir", "compile_cache", "deterministic", "weights"),
+    *("eval.", "profile.", "export.", "notify.", "workdir", "compile_cache", "deterministic"),
+    "weights",
 )
 SectionType = TypeVar("SectionType", bound=Section)
 
@@ -117,10 +120,12 @@ class TrainConfig(Section):
     mesh: MeshConfig = field(default_factory=MeshConfig)
     sites: SitesConfig = field(default_factory=SitesConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    notify: NotifyConfig = field(default_factory=NotifyConfig)
 
     def __post_init__(self):
         super().__post_init__()
@@ -252,7 +257,8 @@ def config_hash(config: TrainConfig) -> str:
     """
     # Without several sites, the hash is what it was before there were any.
     sites = () if config.sites.period else ("sites.",)
-    return _hash(config, "checkpoint.storage", "measure.", "profile.", "export.", *sites)
+    reports = ("eval.", "measure.", "profile.", "export.", "notify.")
+    return _hash(config, "checkpoint.storage", *reports, *sites)
 
 
 def start_hash(config: TrainConfig) -> str:

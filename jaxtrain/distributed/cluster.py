@@ -27,6 +27,8 @@ class World(NamedTuple):
         local_devices: indices of the host's devices that this process uses; None uses all.
         planned: how many processes the job was planned with; it may now run with fewer.
         devices: number of devices that this process must find; 0 accepts any number.
+        heartbeat_s: JAX ends all processes if one is silent for longer, by death, network outage or
+            a signal that stops it. Each sends heartbeats at half this interval.
     """
 
     engine: str = "alone"
@@ -36,6 +38,7 @@ class World(NamedTuple):
     local_devices: tuple[int, ...] | None = None
     planned: int = 1
     devices: int = 0
+    heartbeat_s: int = 20
 
 
 def detect_world(env: Environment) -> World:
@@ -91,6 +94,7 @@ def _from_jax_variables(env: Environment) -> World | None:
         local_devices=tuple(int(i) for i in ids.split(",")) if ids else None,
         planned=max(processes, int(env.get("JAXTRAIN_PLANNED_PROCESSES", 0))),
         devices=int(env.get("JAXTRAIN_LOCAL_DEVICES", 0)),
+        heartbeat_s=int(env.get("JAXTRAIN_HEARTBEAT_S", World().heartbeat_s)),
     )
 
 

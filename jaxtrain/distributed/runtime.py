@@ -18,7 +18,6 @@ from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.distributed import memory
 from jaxtrain.distributed.cluster import World, check_world
 
-HEARTBEAT_S = 20  # JAX ends all processes if one is silent for longer, by death or network outage
 JOIN_S = 300  # time within which all processes must have started
 EXIT_DELAY_S = 1.0  # process 0 exits this much later, because it hosts JAX's coordination service
 SINGLE_PROCESS = World()
@@ -110,8 +109,8 @@ def join_processes(world: World) -> None:
 
     On CPU, gloo raises the error within seconds. On GPUs an NCCL collective does not end when a
     peer dies (XLA's xla_gpu_nccl_terminate_on_error is off); instead JAX ends all processes when
-    one has been silent for HEARTBEAT_S. That was tested with processes waiting on a CPU host, never
-    with NCCL. Only the launcher detects a peer that hangs without dying.
+    one has been silent for world.heartbeat_s. That was tested with processes waiting on a CPU host,
+    never with NCCL. Only the launcher detects a peer that hangs without dying.
     """
     # With "recoverability" off, JAX ends all processes when one dies, but after an error a process
     # waits for the dead peer when it exits. With it on, JAX ends none.
@@ -122,7 +121,7 @@ def join_processes(world: World) -> None:
         world.process,
         local_device_ids=world.local_devices,
         cluster_detection_method="deactivate",  # detect_world has done this
-        heartbeat_timeout_seconds=HEARTBEAT_S,
+        heartbeat_timeout_seconds=world.heartbeat_s,
         initialization_timeout=JOIN_S,
         coordinator_bind_address=bind_address(world.coordinator),
     )

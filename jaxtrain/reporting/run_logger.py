@@ -1,6 +1,7 @@
 """Records and prints a run's metrics, and writes its summary and its loss curve."""
 
 import math
+import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from absl import logging
 
 from jaxtrain.config.run_sections import ExportConfig
+from jaxtrain.distributed import heartbeat
 from jaxtrain.distributed.broadcast import broadcast_from_process_0
 from jaxtrain.file_errors import keep_first_error
 from jaxtrain.files import strict_json, write_atomic
@@ -16,7 +18,15 @@ from jaxtrain.metrics.jsonl import FILE, MetricsFile, read_metrics
 from jaxtrain.reporting.loss_curve import loss_curve
 from jaxtrain.reporting.prometheus import PrometheusExporter
 from jaxtrain.reporting.tensorboard import EventFile
-from jaxtrain.reporting.terminal import EVAL_LOSS, LOSS, Terminal, closing_lines, eval_text
+from jaxtrain.reporting.terminal import (
+    EVAL_LOSS,
+    LOSS,
+    Terminal,
+    closing_lines,
+    eval_text,
+    tasks_text,
+)
+from jaxtrain.reporting.webhook import Webhook
 
 NAME_WIDTH = 8  # of the header's first column; fits "FALLBACK"
 
@@ -36,6 +46,7 @@ class RunLogger:
         title: of the loss curve: the first line names the run, the next lines what it trains.
             Default: the folder's name.
         export: where Prometheus metrics are served; None serves none.
+        webhook: is told how the run ends, and what `alert` is called with; None tells nobody.
 
     Attributes:
         evaluated_step: step of the newest evaluation, also from before a resume; None if there is
@@ -52,6 +63,7 @@ class RunLogger:
         active: bool = True,
         title: str = "",
         export: ExportConfig | None = None,
+        webhook: Webhook | None = None,
     ):
         self.workdir = Path(workdir)
         self.steps, self.resume_step, self.active = steps, resume_step, active
@@ -61,7 +73,7 @@ class RunLogger:
         self.removed_s = 0.0
         self._terminal = Terminal(steps, resume_step, quiet or not active)
         self._writers = []  # all have write(step, time_s, metrics) and close()
-        self._export = export
+        self._export, self._webhook = export, webhook
         self._exporter: PrometheusExporter | None = None
         self._latest: dict[str, Any] = {"step": resume_step}  # newest train/ and eval/ metrics
         self._finished = False
@@ -92,6 +104,14 @@ class RunLogger:
         if not self.active:
             return
         self._terminal.close()
+        if isinstance(error, Exception):  # no signal and no Ctrl-C
+            event = getattr(error, "alert_event", "failed")
+            # A launcher sends its own alert, which names the rank that failed first.
+            if event != "failed" or heartbeat.PATH not in os.environ:
+                where = f"step {self._latest['step']} of {self.steps}"
+                self.alert(event, f"{event} at {where}: {type(error).__name__}: {error}")
+        if self._webhook:
+            self._webhook.close()
         with keep_first_error(error):
             for writer in self._writers:
                 writer.close()
@@ -135,11 +155,30 @@ class RunLogger:
             self._terminal.show_step(step, plain)
         if EVAL_LOSS in plain:
             self.note(f"eval  step {step}  {eval_text(plain)}")
+            if tasks := tasks_text(plain):
+                self.note(f"tasks step {step}  {tasks}")
 
-    def write_ranks(self, ratios: dict[str, list[float]]) -> None:
-        """Shows RankWatch.ratios to Prometheus; each process writes its own to its step log."""
+    def write_ranks(self, changes: Iterable[str], ratios: dict[str, list[float]]) -> None:
+        """Prints which processes have become stragglers, or are none any more.
+
+        Args:
+            changes: a sentence for each of them.
+            ratios: RankWatch.ratios, for Prometheus; each process writes its own to its step log.
+        """
+        for sentence in changes:
+            self.note(sentence)
+            self.alert("straggler", sentence)
         if self._exporter:
             self._exporter.write_ranks(ratios)
+
+    def alert(self, event: str, text: str) -> None:
+        """Sends an alert to the webhook, if there is one; returns at once and never fails.
+
+        Args:
+            event: diverged, failed, straggler, stopped or done.
+        """
+        if self.active and self._webhook:
+            self._webhook.send(event, text, step=self._latest["step"], steps=self.steps)
 
     def advance(self, step: int) -> None:
         """Counts a step whose metrics are not written."""
@@ -164,8 +203,10 @@ class RunLogger:
         drawn = self._draw_curve()
         self._finished = True
         self._terminal.close()
-        for line in closing_lines(summary):
+        for line in (lines := closing_lines(summary)):
             self.note(line)
+        cause = f" by {summary['stopped_by']}" if summary.get("stopped_by") else ""
+        self.alert("stopped" if cause else "done", f"{' '.join(lines[0].split())}{cause}")
         if drawn:
             self.note(f"curve {self.curve_path}")
 

@@ -1,12 +1,15 @@
 """Keeps a job's supervisor running on a host.
 
 A supervisor is two processes. The keeper only waits; the worker, its child, runs the job. If the
-worker is killed, its children become the keeper's, which kills them and starts another worker.
+worker is killed, its children become the keeper's, which kills them and starts another worker. A
+worker that neither ends nor shows that it runs, because a signal has stopped it or because it hangs
+in a lock or in a call to a disk, is killed first.
 """
 
+import faulthandler
 import fcntl
-import math
 import os
+import select
 import signal
 import time
 import traceback
@@ -15,12 +18,16 @@ from pathlib import Path
 from launch.host import processes
 from launch.host.exit_codes import WORKER_FAILED
 from launch.host.files import read_json
+from launch.host.ranks import MARGIN_S
 from launch.host.restart_policy import Policy
 from launch.host.supervise import Supervisor
 
 KEEPER = "keeper"  # file that the keeper and its worker keep locked
 WORKERS = 5  # workers that a keeper starts; a host that kills this many is unfit for the job
-STOPPED_POLL_S = 0.2
+SLICE_S = 0.5
+STACKS = signal.SIGUSR2  # makes a worker write its stacks to supervisor.err
+STACKS_S = 0.5  # time to write them
+WAS_KILLED, HAS_FAILED = "was killed", "failed; its error is in supervisor.err"
 
 
 def keep(folder: Path) -> int:
@@ -31,49 +38,66 @@ def keep(folder: Path) -> int:
     """
     processes.adopt_orphans()
     stopped_s = Policy(**read_json(folder / "job.json")["policy"]).stopped_s
-    code = WORKER_FAILED
-    for life in range(WORKERS):
+    code, fate = WORKER_FAILED, ""
+    for _ in range(WORKERS):
+        life, shown = os.pipe()
         worker = os.fork()
         if worker == 0:
-            os._exit(_work(folder, orphaned=life > 0))
-        code = _wait_for(worker, stopped_s)
+            os.close(life)
+            os._exit(_work(folder, fate, shown))
+        os.close(shown)
+        code, fate = _wait_for(worker, life, stopped_s)
+        os.close(life)
         processes.kill_all(lambda: processes.descendants(os.getpid()))
         if code == 0:
             break
     return code
 
 
-def _wait_for(worker: int, stopped_s: float) -> int:
-    """Returns the worker's exit status; kills it if a signal has stopped it for stopped_s.
+def _wait_for(worker: int, life: int, stopped_s: float) -> tuple[int, str]:
+    """Returns the worker's exit status and what happened to it, in words.
 
-    A stopped worker neither reports nor obeys, while its ranks go on. Killing it ends them, and
-    the next worker reports what happened.
+    Kills it if nothing comes from `life` for stopped_s while a signal has stopped it, or for
+    MARGIN_S more otherwise. Such a worker neither reports nor obeys, while its ranks go on. Killing
+    it ends them, and the next worker reports what happened. As in launch.host.watch, only time in
+    which this process itself runs counts.
+
+    Args:
+        life: a pipe that gets a byte whenever the worker shows that it runs.
     """
-    stopped_at = math.inf
+    silent_s, fate = 0.0, ""
     while True:
-        is_stopped = stopped_at < math.inf
-        options = os.WUNTRACED | os.WCONTINUED | (os.WNOHANG if is_stopped else 0)
-        pid, status = os.waitpid(-1, options)  # also reaps the orphans of a killed worker
-        if pid == worker and os.WIFSTOPPED(status):
-            stopped_at = time.monotonic()
-        elif pid == worker and os.WIFCONTINUED(status):
-            stopped_at = math.inf
-        elif pid == worker:
-            return processes.exit_status(status)
-        elif is_stopped and time.monotonic() - stopped_at > stopped_s:
-            processes.send_signal(worker, signal.SIGKILL)
-            stopped_at = math.inf
-        elif is_stopped and not pid:
-            time.sleep(STOPPED_POLL_S)
+        if not select.select([life], [], [], SLICE_S)[0]:
+            silent_s += SLICE_S
+        elif os.read(life, 4096):
+            silent_s = 0.0
+        else:
+            time.sleep(0.01)  # it is about to end
+        exits = processes.reap()  # also of orphans of this worker or an earlier one
+        if worker in exits:
+            code = exits[worker]
+            return code, fate or (HAS_FAILED if code == WORKER_FAILED else WAS_KILLED)
+        stat = processes.read_stat(worker)
+        is_stopped = stat is not None and stat.state in "Tt"
+        if fate or silent_s <= stopped_s + (0.0 if is_stopped else MARGIN_S):
+            continue
+        fate = f"was stopped by a signal for over {silent_s:.0f} s, so it was killed"
+        if not is_stopped:
+            fate = f"hung for {silent_s:.0f} s, so it was killed; its stack is in supervisor.err"
+            processes.send_signal(worker, STACKS)
+            time.sleep(STACKS_S)
+        processes.send_signal(worker, signal.SIGKILL)
 
 
-def _work(folder: Path, orphaned: bool) -> int:
+def _work(folder: Path, fate: str, life: int) -> int:
     processes.die_with_parent(signal.SIGKILL)
     processes.adopt_orphans()
     for number in (signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     try:
-        Supervisor(folder, orphaned).run()
+        faulthandler.register(STACKS, file=2)
+        os.set_blocking(life, False)
+        Supervisor(folder, fate, life).run()
         return 0  # not the job's exit status, which could equal WORKER_FAILED
     except BaseException:
         with open(folder / "supervisor.err", "a") as file:

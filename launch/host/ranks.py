@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import json
+import math
 import os
 import selectors
 import subprocess
@@ -219,6 +220,9 @@ class LocalRanks:
         return env | {
             processes.JOB_MARK: self.job["id"],
             "JAXTRAIN_BEAT": str(heartbeat),
+            # JAX's processes send heartbeats at half of this interval. So one that a signal stops
+            # for silent_s, right before its next heartbeat, is not yet taken for dead.
+            "JAXTRAIN_HEARTBEAT_S": str(math.ceil(2 * self._silent_s)),
             "JAXTRAIN_PLANNED_PROCESSES": str(len(self.job["hosts"]) * per_host),
             "JAX_COORDINATOR_ADDRESS": world["coordinator"],
             "JAX_NUM_PROCESSES": str(len(world["members"]) * per_host),

@@ -54,6 +54,7 @@ class JobController:
         log: writes a text to the job's log.
         attempt: the number of the job's last attempt; 0 for a new job.
         now: seconds of a monotonic clock.
+        alert: is told of events by kind and text: stuck, restarted, failed, stopped, done.
     """
 
     def __init__(
@@ -64,9 +65,10 @@ class JobController:
         log: Callable[[str], None],
         attempt: int = 0,
         now: float = 0.0,
+        alert: Callable[[str, str], None] = lambda event, text: None,
     ):
         self.policy, self.names, self._new_coordinator = policy, names, new_coordinator
-        self._log = log
+        self._log, self._alert = log, alert
         self.reports: dict[int, Report] = {}
         self._heard_at = dict.fromkeys(range(len(names)), now)
         # See LeaderChannel.acknowledged_s, which replaces it.
@@ -187,6 +189,8 @@ class JobController:
         self._cause = self._find_cause(now)
         if self._cause:
             self._log(f"noticed: {self._cause.headline}")
+            if self._cause.kind == "stuck":
+                self._alert("stuck", self._cause.headline)
             self._enter("dump" if self._cause.kind == "stuck" else "settle", now)
 
     def _watch_stopped(self, now: float) -> None:
@@ -269,10 +273,13 @@ class JobController:
         self._not_before = now + pause_s
         which = f"restart {self.restarts} of {self.policy.restarts}"
         self._log(f"{which} in {pause_s:.0f} s: {why.splitlines()[0]}")
+        self._alert("restarted", f"{which} in {pause_s:.0f} s: {why.splitlines()[0]}")
         self._enter("gather", now)
 
     def _end(self, now: float, code: int, why: str) -> None:
         """Ends the job for good. The hosts kill the processes that are left of it."""
         self.outcome = {"code": code, "why": why, "attempts": self.attempt}
         self._log(f"END code {code}: {why.splitlines()[0]}")
+        event = "stopped" if self._stop else "failed" if code else "done"
+        self._alert(event, f"ended with code {code} after attempt {self.attempt}: {why}")
         self._enter("end", now)

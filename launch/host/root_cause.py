@@ -17,7 +17,8 @@ ABORTED = 128 + signal.SIGABRT  # how JAX ends a process when its cluster is bro
 SURE = 5  # causes up to this order need no further evidence
 ADVICE = {  # what the operator can do, by kind of cause
     "lost": "Check that host's power and network.",
-    "silent": "Look for a `kill -STOP`, a debugger or a lack of CPU or memory on that host.",
+    "silent": "Look for a `kill -STOP`, a debugger, a disk that does not answer, or a lack of CPU "
+    "or memory on that host.",
     "supervisor": "If nobody killed it, look for the out-of-memory killer in that host's `dmesg`.",
     "stopped": "Look for a debugger or a `kill -STOP` on that host.",
     "memory": "Use less host memory per process, or a host with more.",
@@ -79,9 +80,10 @@ def find_cause(
     """
     causes = [*_lost_hosts(silent_s, lost_s, names, up), *_stuck_rank(reports, stalls, names)]
     for host, report in reports.items():
-        if report.get("orphaned"):
-            headline = f"{names[host]}: its supervisor was killed"
-            causes.append(Cause(1, "supervisor", host, None, None, headline, KILLED))
+        if fate := report.get("orphaned"):
+            headline = f"{names[host]}: its supervisor {fate}"
+            kind = "silent" if fate.startswith(("hung", "was stopped")) else "supervisor"
+            causes.append(Cause(1, kind, host, None, None, headline, KILLED))
         if paused_s := report.get("paused_s"):
             headline = f"{names[host]}: its supervisor did not run for {paused_s:.0f} s, so its "
             headline += "ranks were ended"

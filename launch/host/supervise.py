@@ -17,6 +17,7 @@ from launch.host.files import read_json, write_json
 from launch.host.log import SEGMENTS, Log, own_lines
 from launch.host.ranks import MARGIN_S, LocalRanks
 from launch.host.restart_policy import JobController, Policy
+from launch.host.webhook import VARIABLE, Webhook
 
 TURN_S = 0.1
 REPORT_S = 0.5
@@ -25,6 +26,7 @@ RESERVE, RESERVE_BYTES = "reserve", 1 << 16  # disk space reserved for the outco
 # How long to wait for disk space: without a stored outcome, the next `attach` restarts the job.
 OUTCOME_S, RETRY_S = 86_400.0, 1.0
 UNKILLABLE_S = 30.0  # a process that survives SIGKILL for this long hangs in the kernel
+ALERTS_S = 10.0  # how long the end of the job waits for its alerts to be sent
 FAREWELL_S = 10.0  # how long the leader waits for the other hosts to learn the outcome
 
 
@@ -41,10 +43,11 @@ class Supervisor:
 
     Args:
         folder: the job's folder: job.json, log/, status.json, lease, stop.
-        orphaned: an earlier worker was killed.
+        fate: what happened to an earlier worker, such as "was killed"; "" if there was none.
+        life: a pipe to the keeper that gets a byte at every report; None without a keeper.
     """
 
-    def __init__(self, folder: Path, orphaned: bool):
+    def __init__(self, folder: Path, fate: str = "", life: int | None = None):
         self.folder, self.job = folder, read_json(folder / "job.json")
         self.policy = Policy(**self.job["policy"])
         self.me = self.job["me"]
@@ -52,7 +55,7 @@ class Supervisor:
         self._silent_s = self.policy.stopped_s + MARGIN_S
         self.ranks = LocalRanks(self.job, folder, self.log, self._silent_s)
         self.names = [host["name"] for host in self.job["hosts"]]
-        self._orphaned, self._oom_kills = orphaned, oom_kills()
+        self._fate, self._life, self._oom_kills = fate, life, oom_kills()
         self._paused_s = 0.0  # for which this process did not run, during the attempt
         self._target: dict[str, Any] = {"attempt": 0, "do": "kill", "world": {}, "outcome": None}
         self._target_at = now = time.monotonic()
@@ -64,28 +67,37 @@ class Supervisor:
         # The status is an earlier worker's, or from before a power loss. That attempt already ran
         # here and must not be started again.
         self.ranks.attempt = read_json(folder / "status.json").get("attempt", 0)
+        self._warnings: list[str] = []  # of the webhook's thread, to be written to the log
+        url = self.job.get("env", {}).get(VARIABLE, "") if self.me == 0 else ""
+        self.webhook = Webhook(url, f"job {self.job['id']}", self._warnings.append)
         address, port, token = self.job["hosts"][0]["address"], self.job["port"], self.job["token"]
         self.controller = self.followers = self.leader = None
         if self.me == 0:
             new_coordinator = lambda: endpoint(address, free_port(address))
             self.followers = LeaderChannel(address, port, token)
-            self.controller = JobController(
-                self.policy, self.names, new_coordinator, self.write_log, self.ranks.attempt, now
-            )
+            state = self.write_log, self.ranks.attempt, now, self._alert
+            self.controller = JobController(self.policy, self.names, new_coordinator, *state)
             self.controller.acknowledged_s = self.followers.acknowledged_s
         else:
             self.leader = FollowerChannel(address, port, token)
-        if orphaned or self.ranks.attempt:
-            ended = "was killed" if orphaned else "ended without an outcome (reboot or power loss?)"
+        if fate or self.ranks.attempt:
+            ended = fate or "ended without an outcome (reboot or power loss?)"
             mark = "ROOT CAUSE " if self.me == 0 else ""  # the leader reports other hosts' causes
             name = self.names[self.me]
-            self.write_log(f"{mark}{name}: its supervisor {ended}; a new one has started")
+            text = f"{name}: its supervisor {ended}; a new one has started"
+            self.write_log(f"{mark}{text}")
+            self._alert("restarted", text)
 
     def write_log(self, text: str) -> None:
         """Writes a text to the log, with the time (UTC) at the end of its first line."""
         first, *rest = text.split("\n")
         line = f"{first}  [{time.strftime('%H:%M:%SZ', time.gmtime())}]"
         self.log.write(own_lines("\n".join([line, *rest])))
+
+    def _alert(self, event: str, text: str) -> None:
+        """Sends an alert, except those that the trainer sends itself, with its loss."""
+        if not (self.job.get("beats") and event in ("stopped", "done")):
+            self.webhook.send(event, text, job=self.job["id"])
 
     def report(self) -> dict[str, Any]:
         """Returns what the leader needs to know about this host."""
@@ -97,7 +109,7 @@ class Supervisor:
             "clean": not living,
             "pids": living[:8],
             "oom_kills": oom_kills() - self._oom_kills,
-            "orphaned": self._orphaned,
+            "orphaned": self._fate,
             "paused_s": self._paused_s,
             "lease_age_s": self._lease_age_s(now),
             "stop": self._stop_reason(),
@@ -128,12 +140,14 @@ class Supervisor:
         """Runs until the job has ended and its outcome is stored; returns its exit status."""
         while True:
             self.ranks.poll(TURN_S)
+            while self._warnings:
+                self.write_log(self._warnings.pop(0))
             now = time.monotonic()
             if now - self._reported_at >= REPORT_S:
                 if now - self._reported_at > self._silent_s and self.ranks.all_killed():
                     self._paused_s = now - self._reported_at
                 self._reported_at = now
-                self.ranks.show_life()
+                self._show_life()
                 report = self.report()
                 if self.controller:
                     self._lead(report, now)
@@ -148,8 +162,16 @@ class Supervisor:
                 if stored or now - self._finished_at > OUTCOME_S:
                     if self.leader:
                         self.leader.exchange(self.report())  # the leader waits for it
+                    self.webhook.close(ALERTS_S)
                     return outcome["code"]
                 time.sleep(RETRY_S)
+
+    def _show_life(self) -> None:
+        """Shows the keeper and the watcher that this process runs."""
+        self.ranks.show_life()
+        if self._life is not None:
+            with contextlib.suppress(OSError):  # the keeper is stopped and the pipe full
+                os.write(self._life, b"\n")
 
     def _lead(self, report: dict[str, Any], now: float) -> None:
         """Decides the target from all hosts' reports, and sends it to them."""
@@ -181,7 +203,7 @@ class Supervisor:
         do, attempt, world = self._target["do"], self._target["attempt"], self._target["world"]
         if do in ("run", "term", "dump") and attempt > self.ranks.attempt:
             if self.me in world["members"] and not self.ranks.living():
-                self._orphaned, self._paused_s, self._oom_kills = False, 0.0, oom_kills()
+                self._fate, self._paused_s, self._oom_kills = "", 0.0, oom_kills()
                 self.ranks.start(attempt, world)
         elif do == "term":
             self.ranks.signal_once(signal.SIGTERM)
