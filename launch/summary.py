@@ -7,7 +7,8 @@
 
 The page is one file without scripts or external resources, and is readable on a phone. A job's run
 directory is the one that the trainer named at its start; its files are copied into the job's local
-folder. A job at several sites has a column for each.
+folder. A job at several sites has a column for each. Branches and averages of a run in the same
+folder as the run are drawn as a tree.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from launch.host.exit_codes import INTERRUPTED
 from launch.host.files import write_text
 from launch.pull import RunCopy, Source, fetch, find_sources
 from launch.report.figures import latest, spark, table_of
+from launch.report.lineage import describe_lineage
 from launch.report.page import page
 from launch.report.run_folder import EVAL_LOSS, LOSS, NoRun, RunFolder, read_run
 from launch.ssh import HostError
@@ -32,7 +34,7 @@ DONE = ("done", "stopped")  # a run's state begins with one of these if it has e
 
 
 def table(runs: list[RunFolder]) -> str:
-    """Returns the figures as text, with a column for each run."""
+    """Returns the figures as text, with a column for each run, and the runs' branches."""
     rows = [("", [run.name for run in runs]), *table_of(runs)]
     width = max(len(name) for name, _ in rows)
     widths = [max(map(len, column)) for column in zip(*(cells for _, cells in rows), strict=True)]
@@ -44,6 +46,7 @@ def table(runs: list[RunFolder]) -> str:
         curve = spark([value for _, value in run.points(LOSS)])
         steps = spark(run.seconds)
         lines += [f"{run.name}: loss {curve}", f"{run.name}: step time {steps}"]
+    lines += describe_lineage(runs)
     return "\n".join(lines)
 
 
@@ -60,6 +63,7 @@ def as_json(run: RunFolder) -> dict:
         "run": str(run.folder),
         "state": run.state,
         "step": run.step,
+        "lineage": run.config.get("lineage"),
         "lost_s": run.lost_s,
         **{metric: value for metric, value in last.items() if value is not None},
         **run.figures,

@@ -1,11 +1,20 @@
 import gc
 import os
+import shutil
+import tempfile
 
 import xla_flags
 
 # Set before jax is imported. Tests have 8 devices, of which a mesh may use some.
 os.environ["XLA_FLAGS"] = xla_flags.flags(devices=8)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# Half of a short run is the compilation of its step, and many tests compile the same one. xdist's
+# workers and the tests' child processes inherit this folder, which lasts as long as pytest runs.
+OWN_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
+if OWN_CACHE:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxtrain-tests-xla-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -18,22 +27,22 @@ gc.set_threshold(100_000, 20, 20)
 LONGEST = (
     "test_launch_engines.py",
     "test_train.py",
-    "test_train_killed.py",
     "test_kernels_audit.py",
     "test_crosscheck_main.py",
+    "test_train_killed.py",
+    "test_crosscheck_rounding.py",
+    "test_study.py",
+    "test_planning_compiled.py",
+    "test_docs_find_a_fault.py",
+    "test_plan.py",
     "test_model_transformer.py",
     "test_benchmarks_gpu_training.py",
     "test_kernels_references.py",
     "test_crosscheck_optimizers.py",
-    "test_crosscheck_rounding.py",
-    "test_docs_find_a_fault.py",
     "test_launch_run.py",
     "test_launch_sites.py",
-    "test_planning_compiled.py",
-    "test_plan.py",
     "test_optim_sharded_muon.py",
     "test_benchmarks_collectives.py",
-    "test_study.py",
     "test_benchmarks_suites.py",
     "test_training_diagnostic_step.py",
     "test_kernels_choice.py",
@@ -49,7 +58,8 @@ LONGEST = (
 
 # Further files that take over 2 s. All others are the fast subset: python -m pytest -m fast
 SLOW = """
-benchmarks_first_day benchmarks_optimizer benchmarks_transfer checkpoint_broken checkpoint_integrity
+benchmarks_first_day benchmarks_optimizer benchmarks_transfer branching checkpoint_broken
+checkpoint_integrity
 checkpoint_manager checkpoint_processes config_command_line crosscheck_loops crosscheck_reordering
 crosscheck_torch_model data_encoding_cut_points data_encoding_journal data_encoding_pipeline
 data_loader data_tokenizer data_vocabulary distributed_mesh distributed_preemption docs docs_minimal
@@ -65,7 +75,7 @@ optim_build optim_build_acceleration optim_build_restart optim_build_state optim
 optim_diagnostics optim_lmo
 optim_muon optim_newton_schulz optim_noise optim_normuon optim_owners optim_precision optim_recipes
 optim_soap relay reporting_loss_curve reporting_run_logger sites_fragments sites_lost sites_rounds
-study_scaling study_work track3
+study_scaling study_work track3 training_tasks interop_text_model
 train_run_directory train_together training_loop training_phases training_startup
 """
 SLOW_FILES = {*LONGEST, *(f"test_{name}.py" for name in SLOW.split())}
@@ -91,6 +101,11 @@ def pytest_configure(config):
         raise pytest.UsageError(
             f"-m gpu needs a GPU; got {jax.default_backend()}. Set JAX_PLATFORMS=cuda."
         )
+
+
+def pytest_unconfigure():
+    if OWN_CACHE:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 def pytest_collection_finish():

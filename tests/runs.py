@@ -1,5 +1,7 @@
 """Runs of configs/debug.py, in this process and in processes of their own."""
 
+import atexit
+import functools
 import json
 import os
 import signal
@@ -10,6 +12,7 @@ import time
 from pathlib import Path
 
 import xla_flags
+from fork_server import Fork, ForkServer
 
 from configs import debug
 from jaxtrain.config.train_config import freeze
@@ -51,8 +54,43 @@ def flags_of_processes(count: int) -> list[list[str]]:
 
 def command(workdir, text, *flags, devices=1):
     argv = [sys.executable, "-m", "jaxtrain.train", "--config=configs/debug.py"]
-    argv += [f"--config.workdir={workdir}", f"--config.data.text={text}", *flags]
+    argv += [f"--config.workdir={workdir}", f"--config.data.text={text}"]
+    if cache := os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # see conftest.py
+        argv += [f"--config.compile_cache={cache}"]
+    argv += flags
     return argv, os.environ | {"XLA_FLAGS": xla_flags.flags(devices)}
+
+
+@functools.cache
+def _fork_server() -> ForkServer:
+    modules = ("jaxtrain.train", "jaxtrain.evaluate", "jaxtrain.generate")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    server = ForkServer(*modules, "matplotlib.backends.backend_agg", env=env)
+    atexit.register(server.close)
+    return server
+
+
+def fork(workdir, text, *flags, devices=1) -> Fork:
+    """Starts a run like `start`, in a fork of a process that has imported everything."""
+    argv, env = command(workdir, text, *flags, devices=devices)
+    return fork_command("train", *argv[3:], env=env)
+
+
+def fork_command(name: str, *arguments: str, env: dict[str, str] | None = None) -> Fork:
+    """Starts python -m jaxtrain.NAME with these arguments in such a fork.
+
+    Settings that Python reads when it starts, such as PYTHONUTF8, have no effect.
+    """
+    program = f"import sys\nfrom jaxtrain.{name} import command\n"
+    program += f"sys.orig_argv[1:1] = ['-m', 'jaxtrain.{name}']\ncommand()"
+    return fork_program(program, *arguments, env=env)
+
+
+def fork_program(program: str, *arguments, env: dict[str, str] | None = None) -> Fork:
+    """Starts a Python program, which may import the tests' modules, in such a fork."""
+    reads_env = "from jaxtrain.distributed.heartbeat import beat\nbeat.__init__()\n"
+    env = dict(env or os.environ)
+    return _fork_server().start(reads_env + program, *map(str, arguments), env=env)
 
 
 def start(workdir, text, *flags, devices=1):
@@ -64,8 +102,9 @@ def start(workdir, text, *flags, devices=1):
 
 
 def finish(process, status=0):
-    """Returns the process's output; fails unless it ended with `status`."""
-    out, _ = process.communicate(timeout=DEADLINE_S)
+    """Returns the output of a process or a fork; fails unless it ended with `status`."""
+    out, err = process.communicate(timeout=DEADLINE_S)
+    out += err or ""  # a process that `start` started writes both to `out`
     assert process.returncode == status, out
     return out
 

@@ -173,7 +173,10 @@ def test_the_last_of_two_values_counts_and_a_value_may_be_negative():
         (("configs/degub.py",), "no config is called configs/degub.py, and there is no such file."),
         (("quikstart",), "no config is called quikstart. Did you mean quickstart?"),
         ((".",), "no config is called ."),
-        (("configs/",), "a config must be a file; got the folder configs/."),
+        (
+            ("configs/",),
+            "a config must be a file, or a run's folder with config.json; got the folder configs/.",
+        ),
     ],
 )
 def test_the_error_of_a_bad_command_line_names_what_the_user_typed(

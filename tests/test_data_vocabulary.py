@@ -1,6 +1,4 @@
 import shlex
-import subprocess
-import sys
 
 import pytest
 
@@ -51,10 +49,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused_before_the_text_is_encoded(tmp
 
 def test_a_gpt2_config_without_a_corpus_is_refused_with_two_commands(tmp_path):
     flags = ["--config=configs/gpt_124m.py", f"--config.workdir={tmp_path / 'run'}"]
-    argv = [sys.executable, "-m", "jaxtrain.train", *flags]
-    done = subprocess.run(argv, cwd=runs.ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == REFUSED, done.stderr
-    line, make, use = done.stderr.strip().split("\n")
+    line, make, use = runs.finish(runs.fork_command("train", *flags), REFUSED).strip().split("\n")
     assert "model.V=50304 and data.tokenizer=gpt2; got neither" in line
     assert shlex.split(make)[-4:] == ["encode", "--input=PATH", "--out=shards", "--tokenizer=gpt2"]
     assert shlex.split(use)[-4:] == ["jaxtrain.train", *flags, "--data.shards=shards"]

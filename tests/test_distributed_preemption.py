@@ -212,6 +212,7 @@ with StopListener() as stop:
 def test_ctrl_c_while_a_run_compiles_exits_at_once_without_a_traceback(tmp_path, monkeypatch):
     beats = tmp_path / "beats"
     monkeypatch.setenv("JAXTRAIN_BEAT", str(beats))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")  # a step that is not compiled elsewhere
     process = runs.start(tmp_path / "run", runs.write_text(tmp_path), "--config.compile_cache=")
     while runs.phase_of(beats) != "compile":
         assert process.poll() is None, process.communicate()[0]

@@ -3,7 +3,6 @@
 Each compilation has its own process: JAX_PLATFORMS must be set before jax is imported.
 """
 
-import functools
 import json
 import os
 import subprocess
@@ -37,8 +36,8 @@ def server():
 
 
 @pytest.fixture
-def run_python(server, tmp_path):
-    return functools.partial(server.run, tmp_path)
+def run_python(server):
+    return server.run
 
 
 # All of attention, whose kernels differ by head width and documents; otherwise each kernel once.

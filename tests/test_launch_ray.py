@@ -19,7 +19,7 @@ EXACT = ["--config.model.dtype=float64", "--config.optim.ns_dtype=float32"]
 def test_two_ray_nodes_have_the_losses_of_one_process(tmp_path, monkeypatch):
     text = runs.write_text(tmp_path)
     flags = ["--config.steps=3", "--config.sample.tokens=0", "--config.data.batch=4", *EXACT]
-    runs.finish(runs.start(tmp_path / "single", text, *flags))
+    runs.finish(runs.fork(tmp_path / "single", text, *flags))
     driver = ROOT / "launch" / "templates" / "ray_driver.py"
     argv, env = runs.command(tmp_path / "ray", text, *flags)
     flags = [*argv[3:], "--config.mesh.replica=-1", "--config.mesh.fsdp=1"]

@@ -23,7 +23,7 @@ sites
 training
 interop planning
 train evaluate generate plan profile doctor
-crosscheck study
+branching crosscheck study
 benchmarks bench cli __main__
 """
 LAYER = {name: i for i, line in enumerate(LAYERS.strip().split("\n")) for name in line.split()}

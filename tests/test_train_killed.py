@@ -17,20 +17,20 @@ from jaxtrain.training import loop as loop_module
 
 def test_a_run_killed_and_then_preempted_has_the_losses_of_an_uninterrupted_run(tmp_path):
     text = runs.write_text(tmp_path)
-    cache = f"--config.compile_cache={tmp_path / 'cache'}"
-    flags = ("--config.steps=150", "--config.save_every=20", "--config.sample.tokens=0", cache)
-    runs.finish(runs.start(tmp_path / "whole", text, *flags))
+    values = dict(steps=120, save_every=40, sample__tokens=0)
+    train(runs.debug_config(tmp_path / "whole", text, **values), jax.devices()[:1], quiet=True)
+    flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in values.items()]
     broken = tmp_path / "broken"
-    process = runs.start(broken, text, *flags)
+    process = runs.fork(broken, text, *flags)
     runs.signal_at(process, broken, 47, signal.SIGKILL)
     runs.finish(process, -signal.SIGKILL)
-    process = runs.start(broken, text, *flags)
-    runs.signal_at(process, broken, 90, signal.SIGTERM)
+    process = runs.fork(broken, text, *flags)
+    runs.signal_at(process, broken, 75, signal.SIGTERM)
     out = runs.finish(process, PREEMPTED)
     assert "resume" in out and "the same command resumes it" in out
     assert f"-m jaxtrain.train --config=configs/debug.py --config.workdir={broken}" in out
-    assert 90 <= runs.losses(broken)[-1][0] < 150
-    runs.finish(runs.start(broken, text, *flags))
+    assert 75 <= runs.losses(broken)[-1][0] < 120
+    runs.finish(runs.fork(broken, text, *flags))
     assert runs.losses(broken) == runs.losses(tmp_path / "whole")
 
 
@@ -98,7 +98,7 @@ def test_a_signal_to_one_of_two_processes_interrupts_the_evaluation_of_both(tmp_
     pair = []
     for i, own in enumerate(runs.flags_of_processes(2)):
         monkeypatch.setenv("JAXTRAIN_BEAT", str(tmp_path / f"beats{i}"))
-        pair.append(runs.start(tmp_path / "pair", text, *flags, *own))
+        pair.append(runs.fork(tmp_path / "pair", text, *flags, *own))
     while runs.phase_of(tmp_path / "beats0") != "eval":
         assert all(process.poll() is None for process in pair), pair[0].communicate()[0]
         time.sleep(0.01)

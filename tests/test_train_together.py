@@ -3,8 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import textwrap
 import time
 
@@ -30,11 +28,11 @@ def errors(out):
 
 def test_a_second_start_in_a_run_directory_is_refused_and_the_first_run_goes_on(tmp_path):
     text, workdir, cache = runs.write_text(tmp_path), tmp_path / "run", tmp_path / "cache"
-    first = runs.start(workdir, text, *flags(cache, 100_000), "--config.save_every=20")
+    first = runs.fork(workdir, text, *flags(cache, 100_000), "--config.save_every=20")
     while not (workdir / ".lock").exists():  # long before its first step
         assert first.poll() is None, first.communicate()[0]
         time.sleep(0.01)
-    out = runs.finish(runs.start(workdir, text, *flags(cache, 100_000)), REFUSED)
+    out = runs.finish(runs.fork(workdir, text, *flags(cache, 100_000)), REFUSED)
     assert f"{workdir} is in use by pid {first.pid} on {socket.gethostname()}, started" in out
     assert len(errors(out)) == 1 and "Traceback" not in out
     runs.signal_at(first, workdir, 50, signal.SIGTERM)  # after two saves
@@ -50,7 +48,7 @@ def test_an_error_of_one_process_is_one_line_and_status_78_in_all(tmp_path):
     damaged = workdir / "hosts/1.jsonl"  # only process 1 reads it
     damaged.write_text("[]\n[]\n")
     pair = [
-        runs.start(workdir, text, *flags(tmp_path / "cache", 3), *own)
+        runs.fork(workdir, text, *flags(tmp_path / "cache", 3), *own)
         for own in runs.flags_of_processes(2)
     ]
     outs = [runs.finish(process, REFUSED) for process in pair]
@@ -86,18 +84,11 @@ def test_an_error_of_process_0_is_raised_in_every_process(tmp_path):
     damaged.mkdir()
     (damaged / "metrics.jsonl").write_text("[]\n[]\n")
     address = f"127.0.0.1:{runs.free_port()}"
-    path = os.pathsep.join([str(runs.ROOT), str(runs.ROOT / "tests")])
-    env = os.environ | {"XLA_FLAGS": xla_flags.flags(1), "PYTHONPATH": path}
-    program = textwrap.dedent(TRAIN_IN_EACH)
+    env = os.environ | {"XLA_FLAGS": xla_flags.flags(1)}
     with RunLock(locked):
         pair = [
-            subprocess.Popen(
-                [sys.executable, "-c", program, address, str(i), text, locked, damaged],
-                cwd=runs.ROOT,
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
+            runs.fork_program(
+                textwrap.dedent(TRAIN_IN_EACH), address, i, text, locked, damaged, env=env
             )
             for i in range(2)
         ]

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 
@@ -101,17 +99,16 @@ def test_a_slow_loader_and_a_slow_processor_are_named_and_no_result_changes(tmp_
         (tmp_path / "plain", tmp_path / "probed"),
         [tmp_path / f"beat{i}" for i in "01"],
     )
-    argv = [sys.executable, "-c", textwrap.dedent(PROGRAM), f"127.0.0.1:{runs.free_port()}"]
+    address = f"127.0.0.1:{runs.free_port()}"
     values = [STEPS, SLOW_LOADER.start, SLOW_LOADER.stop, *folders]
-    path = os.pathsep.join([str(runs.ROOT), str(runs.ROOT / "tests")])
-    env = os.environ | {"XLA_FLAGS": xla_flags.flags(1), "PYTHONPATH": path}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    env = os.environ | {"XLA_FLAGS": xla_flags.flags(1)}
     pair = [
-        subprocess.Popen(
-            [*argv, str(i), *map(str, values)],
-            cwd=runs.ROOT,
+        runs.fork_program(
+            textwrap.dedent(PROGRAM),
+            address,
+            i,
+            *values,
             env=env | {"JAXTRAIN_BEAT": str(beats[i])},
-            **pipes,
         )
         for i in range(2)
     ]

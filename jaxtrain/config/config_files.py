@@ -2,22 +2,27 @@
 
 `quickstart`, `configs/quickstart.py` and `./mine.py` all name a config, from any folder. If the
 name has a path separator or ends in `.py`, the user's file takes precedence over a shipped config.
+The folder of a run also names a config: the one that is stored in the run's config.json.
 """
 
 import ast
 import difflib
 import importlib.util
+import json
 import os
 import sys
 import textwrap
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from jaxtrain.config.commands import BY_NAME, COMMANDS
+from jaxtrain.config.train_config import freeze, to_config_dict
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
+RUN_CONFIG = "config.json"  # in a run's folder
 
 
 def shipped_configs(command: str = "") -> dict[str, str]:
@@ -43,6 +48,8 @@ def format_listing(command: str, prog: str) -> str:
         command: the command that takes the config, such as "train".
         prog: what the user typed to start it.
     """
+    if command == "branch":
+        return f"It is the folder of a run: {prog} runs/quickstart --help shows the flags."
     configs = shipped_configs(command) or shipped_configs("train")
     first = ("quickstart", "debug", "study_quick")
     names = [name for name in first if name in configs]
@@ -73,7 +80,9 @@ def find_config(name: str) -> Path:
     if names_shipped and shipped.is_file() and shipped.stem != "__init__":
         return shipped
     if is_path and path.is_dir():
-        raise ValueError(f"a config must be a file; got the folder {name}.")
+        raise ValueError(
+            f"a config must be a file, or a run's folder with {RUN_CONFIG}; got the folder {name}."
+        )
     hint = ""
     if not is_path and Path(f"{name}.py").is_file():
         hint = f" Did you mean ./{name}.py?"
@@ -109,15 +118,48 @@ def _import_package(config_folder: Path) -> None:
     package.__path__ = [str(config_folder), str(FOLDER)] if is_other else [str(FOLDER)]
 
 
+def find_run_folder(name: str) -> Path | None:
+    """Returns the folder of the run that a config's name means; None if it means a config file.
+
+    A shipped config takes precedence over a folder of the same name without a path separator.
+    """
+    path = Path(name).expanduser()
+    if not name or not (path / RUN_CONFIG).is_file():
+        return None
+    is_shipped = os.sep not in name and (FOLDER / f"{name}.py").is_file()
+    return None if is_shipped else path
+
+
+def load_run_config(folder: Path) -> ConfigDict:
+    """Returns the config in a run's config.json; its workdir is the folder.
+
+    Raises:
+        ValueError: the file is damaged, or a field or value in it is no longer allowed.
+    """
+    path = folder / RUN_CONFIG
+    try:
+        cfg = freeze(json.loads(path.read_bytes())["config"] | {"workdir": str(folder)})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} must contain a run's config; got {error}.") from None
+    config: Any = to_config_dict(cfg)
+    if cfg.optim.total_steps != cfg.steps:  # else it goes on following --steps
+        config.optim.total_steps = cfg.optim.total_steps
+    config.lock()
+    return config
+
+
 def load_config_file(name: str) -> tuple[ConfigDict, Path]:
     """Runs a config file, and returns the result of its get_config() and the file's path.
 
     Args:
-        name: as for `find_config`; `NAME:ARGUMENT` calls get_config(ARGUMENT).
+        name: as for `find_config`; `NAME:ARGUMENT` calls get_config(ARGUMENT). The folder of a run
+            gives the run's config.
 
     Raises:
         ValueError: there is no such config, or its file fails.
     """
+    if folder := find_run_folder(name):
+        return load_run_config(folder), (folder / RUN_CONFIG).resolve()
     name, colon, argument = (name, "", "") if Path(name).is_file() else name.partition(":")
     path = find_config(name).resolve()
     _import_package(path.parent)

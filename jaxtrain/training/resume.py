@@ -1,4 +1,4 @@
-"""Restores the newest checkpoint of a run, or starts it at step 0."""
+"""Restores the newest checkpoint of a run, or starts it at step 0; places a branch in its data."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from jaxtrain.distributed.broadcast import broadcast_from_process_0
 from jaxtrain.errors import CheckpointError
 from jaxtrain.model.compatibility import check_same_model
 from jaxtrain.run_directory.contents import began_with
+from jaxtrain.run_directory.lineage import read_branch
 from jaxtrain.sites.outer_state import add_template, restore_outer_state
 from jaxtrain.sites.rounds import Rounds
 from jaxtrain.training.run import Run
@@ -34,8 +35,10 @@ def start_state(
         state; and the checkpoint that it came from, if any. `batches` continues at its step.
 
     Raises:
-        ValueError: the checkpoint has other data or another model, or is past the last step.
+        ValueError: the checkpoint has other data or another model, or is past the last step; or a
+            branch has lost the checkpoint that it began with.
     """
+    branch = broadcast_from_process_0(lambda: read_branch(run.cfg.workdir))
     stored = broadcast_from_process_0(lambda: newest_config(checkpoints))
     check_resumed(run.cfg.model, stored)
     try:
@@ -51,6 +54,9 @@ def start_state(
             f"--weights={run.cfg.workdir} and a new --workdir."
         ) from error
     if restored is None:
+        if branch:
+            place_in_data(batches, branch)
+            check_begins_anew(branch, run.cfg.workdir)
         state, weights = initial_state(run)
         if rounds:
             rounds.begin(state)
@@ -58,7 +64,10 @@ def start_state(
     stored_weights = restored.meta["config"].get("weights", "")
     if began_with(stored_weights, run.cfg.weights):
         run = _with_weights(run, stored_weights)
-    batches.restore(restored.meta["data"])
+    if branch and not branch["new_optimizer"] and restored.step == branch["step"]:
+        place_in_data(batches, branch)
+    else:
+        batches.restore(restored.meta["data"])
     if restored.step > run.cfg.steps:
         raise ValueError(
             f"steps must be at least the checkpoint's step {restored.step}; got "
@@ -69,6 +78,41 @@ def start_state(
         state = restore_outer_state(rounds, state, restored.meta["sites"], TrainState)
     # Restored has no state here, so that the loop's first step can donate the only reference.
     return run, state, restored._replace(state=None)
+
+
+def place_in_data(batches: Batches, branch: dict[str, Any]) -> None:
+    """Sets the batch that a branch begins with: the trunk's next one, or the first of other data.
+
+    With another batch size, it is the first batch that contains no sequence that the trunk read.
+
+    Args:
+        branch: from read_branch.
+
+    Raises:
+        ValueError: the data differ from the trunk's, although no flag changed them.
+    """
+    read, here = branch["data"], batches.state()
+    try:
+        batches.restore(read)
+        return
+    except ValueError:
+        if not branch["new_data"]:
+            raise
+    differing = {name for name in here | read if here.get(name) != read.get(name)} - {"step"}
+    if differing <= {"batch"}:
+        first = -(-read["step"] * read["batch"] // here["batch"])
+    else:
+        first = 0
+    batches.restore(here | {"step": first})
+
+
+def check_begins_anew(branch: dict[str, Any], workdir: str) -> None:
+    """Raises ValueError if a branch without a checkpoint should have one."""
+    if not branch["new_optimizer"]:
+        raise ValueError(
+            f"a branch must have the checkpoint that it began with, step {branch['step']} of "
+            f"{branch['parent']}; {workdir} has none. Create the branch again with another --to."
+        )
 
 
 def _with_weights(run: Run, weights: str) -> Run:

@@ -77,7 +77,24 @@ def build_run(cfg: config_lib.TrainConfig, devices: Sequence | None = None) -> R
     device = mesh.devices.flat[0]
     cfg, _ = resolve_dtype(cfg, device)
     check_batch(cfg.data.batch, cfg.accumulation, mesh)
-    masked = cfg.data.document_mask
+    routes, model = build_routed_model(cfg, mesh)
+    model = scale_initial_values(cfg, model)
+    softcap, form = cfg.model.logit_softcap, cfg.model.logit_softcap_form
+    dtype = jnp.dtype(cfg.model.dtype)
+    loss = build_loss(cfg.loss, softcap, dtype, mesh, routes["head"], form)
+    optimizer = build_optimizer(cfg.optim, model.axes, mesh, cfg.seed, routes.get("square"))
+    return Run(cfg, mesh, routes, model, loss, optimizer)
+
+
+def build_routed_model(
+    cfg: config_lib.TrainConfig, mesh: jax.sharding.Mesh
+) -> tuple[dict[str, Any], Model]:
+    """Returns the implementation chosen for each op of a microbatch, and the model with them.
+
+    Raises:
+        ValueError: a route that the config demands does not fit this machine.
+    """
+    device, masked = mesh.devices.flat[0], cfg.data.document_mask
     routes = choose_routes(
         cfg.model,
         masked,
@@ -94,12 +111,7 @@ def build_run(cfg: config_lib.TrainConfig, devices: Sequence | None = None) -> R
     )
     if not cfg.optim.orthogonalizes:
         del routes["square"]  # only Newton-Schulz multiplies a matrix by itself
-    model = scale_initial_values(cfg, build_model(cfg.model, routes, mesh, masked))
-    softcap, form = cfg.model.logit_softcap, cfg.model.logit_softcap_form
-    dtype = jnp.dtype(cfg.model.dtype)
-    loss = build_loss(cfg.loss, softcap, dtype, mesh, routes["head"], form)
-    optimizer = build_optimizer(cfg.optim, model.axes, mesh, cfg.seed, routes.get("square"))
-    return Run(cfg, mesh, routes, model, loss, optimizer)
+    return routes, build_model(cfg.model, routes, mesh, masked)
 
 
 def compile_step(run: Run, options: dict[str, Any] | None = None) -> Step:
@@ -135,14 +147,14 @@ def compile_for_run(function: Callable, run: Run, options: dict[str, Any] | None
     return step
 
 
-def restore_run(workdir: Path | str, step: int | None = None) -> tuple[Run, TrainState]:
-    """Restores a run's newest good checkpoint, or that of `step`, on this machine's devices.
+def build_reader(workdir: Path | str) -> Run:
+    """Builds a run, to read its checkpoints on this machine's devices.
 
     Uses the largest number of devices that divides the batch, and kernel routes that this machine
     has. Logs unused devices and changed routes.
 
     Raises:
-        ValueError: the folder contains no run, or no checkpoint yet.
+        ValueError: the folder contains no run.
     """
     trained, cfg = load_train_config(workdir), load_train_config(workdir, READER_OVERRIDES)
     start_runtime(cfg)
@@ -156,10 +168,19 @@ def restore_run(workdir: Path | str, step: int | None = None) -> tuple[Run, Trai
         logging.info(
             "using %d of %d devices: they must divide a batch of %d", used, len(devices), rows
         )
-    run = build_run(cfg, devices[:used])
+    return build_run(cfg, devices[:used])
+
+
+def restore_run(workdir: Path | str, step: int | None = None) -> tuple[Run, TrainState]:
+    """Restores a run's newest good checkpoint, or that of `step`, as build_reader.
+
+    Raises:
+        ValueError: the folder contains no run, or no checkpoint yet.
+    """
+    run = build_reader(workdir)
     folder = Path(workdir) / "checkpoints"
     template = abstract_state(run.model, run.optimizer, run.mesh)
-    with Checkpoints(folder, cfg.keep_last, read_only=True) as checkpoints:
+    with Checkpoints(folder, run.cfg.keep_last, read_only=True) as checkpoints:
         restored = checkpoints.restore(template, step=step)
     if restored is None:
         raise ValueError(

@@ -31,6 +31,8 @@ from jaxtrain.ops.routes import describe_routes
 from jaxtrain.optim.param_groups import format_group_table, group_table
 from jaxtrain.optim.preconditioner_cost import ROTATIONS, owner_imbalance
 from jaxtrain.optim.sharded_muon import load_imbalance
+from jaxtrain.run_directory.lineage import KEY, read_branch, read_lineage
+from jaxtrain.training.evaluation import Evaluator
 from jaxtrain.training.run import Run
 
 ROOT = Path(__file__).parents[2]
@@ -47,12 +49,14 @@ def startup_lines(
     checkpoints: Checkpoints,
     restored: Restored | None,
     dtype_reason: str = "",
+    evaluator: Evaluator | None = None,
 ) -> Iterator[tuple[str, str]]:
     """Yields what the run will do, as (name, value) pairs for RunLogger.print_header.
 
     Args:
         restored: the checkpoint's step and meta; None at step 0.
         dtype_reason: why the dtype was chosen, if the config left it to the device.
+        evaluator: its tasks are described.
     """
     cfg, model = run.cfg, run.cfg.model
     tokens = cfg.steps * cfg.data.batch * cfg.data.seq_len
@@ -63,6 +67,7 @@ def startup_lines(
         f"vocabulary {model.V:,}",
     )
     yield "data", corpus.describe()
+    yield from (("task", line) for line in (evaluator.describe() if evaluator else ()))
     yield "tokens", f"{tokens:,} in {cfg.steps:,} steps of {cfg.data.batch} x {cfg.data.seq_len}"
     reason = f" ({dtype_reason})" if dtype_reason else ""
     yield "devices", f"{_describe_mesh(run.mesh)}, {model.dtype}{reason}"
@@ -71,6 +76,8 @@ def startup_lines(
     if warmup > total:  # no error: the first part of a longer run may be trained on its own
         yield "warning", f"peak rates are not reached: warmup_steps {warmup} of total_steps {total}"
     yield "run", f"{Path(cfg.workdir).resolve()}"
+    if branch := read_branch(cfg.workdir):
+        yield "branch", f"from step {branch['step']} of {branch['parent']}"
     for step, reason in checkpoints.rejected:
         yield "rejected", f"checkpoint {step}: {reason}"
     if restored is not None:
@@ -199,6 +206,7 @@ def build_config_json(
     """
     device = run.mesh.devices.flat[0]
     groups = group_table(run.cfg.optim, run.model.axes, run.model.shapes)
+    lineage = read_lineage(run.cfg.workdir)  # written when a branch was created
     return {
         "config": config_lib.to_dict(run.cfg),
         "config_hash": config_lib.config_hash(run.cfg),
@@ -222,4 +230,4 @@ def build_config_json(
             "tokens": corpus.tokens,
             "tokenizer": corpus.tokenizer_name,
         },
-    }
+    } | ({KEY: lineage} if lineage else {})

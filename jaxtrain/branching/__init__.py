@@ -1,0 +1,1 @@
+"""New runs from the checkpoints of others: branches and merged averages."""
