@@ -9,7 +9,7 @@ import jax
 import pytest
 
 import runs
-from jaxtrain.data.loader import build_eval_batches
+from jaxtrain.data.loader import EvalBatches
 from jaxtrain.errors import INTERRUPTED, PREEMPTED
 from jaxtrain.train import train
 from jaxtrain.training import evaluation as evaluation_module
@@ -66,20 +66,21 @@ def test_a_signal_interrupts_an_evaluation_and_the_resumed_run_repeats_it(
 ):
     device, evaluations, batches_after = jax.devices()[:1], [], []
 
-    def eval_batches_with_a_signal(*args):
-        evaluations.append(len(evaluations) + 1)
-        for i, batch in enumerate(build_eval_batches(*args)):
-            if evaluations[-1] == evaluation and i == 2:
-                signal.raise_signal(number)
-                time.sleep(0.1)
-            elif evaluations[-1] == evaluation and i > 2:
-                batches_after.append(i)
-            yield batch
+    class BatchesWithASignal(EvalBatches):
+        def __iter__(self):
+            evaluations.append(len(evaluations) + 1)
+            for i, batch in enumerate(super().__iter__()):
+                if evaluations[-1] == evaluation and i == 2:
+                    signal.raise_signal(number)
+                    time.sleep(0.1)
+                elif evaluations[-1] == evaluation and i > 2:
+                    batches_after.append(i)
+                yield batch
 
     cfg = config(shared, number.name)
     workdir = shared / number.name
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation_module, "build_eval_batches", eval_batches_with_a_signal)
+        patch.setattr(evaluation_module, "build_eval_batches", BatchesWithASignal)
         assert train(cfg, device, quiet=True) == status
     assert len(batches_after) <= 1
     last_step, _, eval_loss = logged(workdir)[-1]
