@@ -3,9 +3,14 @@
     jaxtrain evaluate --run=runs/quickstart
     jaxtrain evaluate --run=runs/quickstart --step=100
     jaxtrain evaluate --run=runs/quickstart --rows=4
+    jaxtrain evaluate --run=runs/quickstart --tasks="arc=arc_easy.jsonl lambada=lambada.jsonl"
+    jaxtrain evaluate --run=runs/quickstart --lm_eval=hellaswag,arc_easy
 
 Restores the newest good checkpoint, or that of --step, and reads all held-out tokens. Set --rows
-to read fewer sequences at once if memory runs out. Bits per byte need a known tokenizer.
+to read fewer sequences at once if memory runs out. Bits per byte need a known tokenizer. Tasks are
+those of the run's eval.tasks, or of --tasks in the same form; all of their examples are scored.
+--lm_eval runs EleutherAI's lm_eval on the run instead, without an export; it downloads the data of
+its own tasks.
 """
 
 import dataclasses
@@ -18,17 +23,16 @@ from absl import flags
 from jaxtrain.config.command_line import CommandForm
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.data.corpus import open_corpus
-from jaxtrain.data.loader import build_eval_batches
+from jaxtrain.data.tasks.open_tasks import open_tasks
+from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.distributed.program import run_main
-from jaxtrain.reporting.terminal import eval_text, set_up_logging
+from jaxtrain.interop.lm_eval_model import run_lm_eval
+from jaxtrain.interop.text_model import TextModel
+from jaxtrain.reporting.terminal import eval_text, set_up_logging, tasks_text
 from jaxtrain.run_directory.contents import read_config_json
-from jaxtrain.training.evaluation import (
-    build_byte_counter,
-    build_eval_step,
-    evaluate,
-    warn_of_noise,
-)
-from jaxtrain.training.run import restore_run
+from jaxtrain.training.evaluation import Evaluator, warn_of_noise
+from jaxtrain.training.run import Run, restore_run
+from jaxtrain.training.step import TrainState
 
 
 def rows_in_training(stored: dict[str, Any]) -> int:
@@ -63,23 +67,52 @@ def main() -> None:
     run, state = restore_run(args.run, args.step or None)
     rows = args.rows or rows_in_training(read_config_json(args.run))
     run = run._replace(cfg=fit_accumulation(run.cfg, run.mesh.size, rows))
-    corpus = open_corpus(run.cfg.data, "val", run.cfg.model.V, run.cfg.workdir)
+    if args.start_token is not None:
+        chosen = dataclasses.replace(run.cfg.eval, start_token=args.start_token)
+        run = run._replace(cfg=dataclasses.replace(run.cfg, eval=chosen))
+    if args.lm_eval:
+        return evaluate_by_lm_eval(run, state)
+    cfg = run.cfg
+    corpus = open_corpus(cfg.data, "val", cfg.model.V, cfg.workdir)
     print(corpus.describe())
-    batches = build_eval_batches(run.cfg.data, corpus, run.mesh)
-    progress = tqdm(batches, total=len(batches), unit="batch", disable=None)
-    count_bytes = build_byte_counter(corpus, run.mesh)
-    metrics = evaluate(build_eval_step(run), state, progress, count_bytes)
+    scored = dataclasses.replace(cfg.eval, tasks=args.tasks or cfg.eval.tasks, examples=0)
+    tasks = open_tasks(scored, cfg.data, corpus.tokenizer_name, cfg.model.V, cfg.workdir)
+    evaluator = Evaluator(run, corpus, tasks)
+    for line in evaluator.describe():
+        print(line)
+    progress = tqdm(evaluator.batches, unit="batch", disable=None)
+    metrics = evaluator.evaluate(state, batches=progress)
     assert metrics is not None  # None only after a signal; no signal is listened for
     if warning := warn_of_noise(metrics):
         print(warning, file=sys.stderr)
     print(f"step {int(state.step)}  {eval_text(metrics)}")
+    if text := tasks_text(metrics):
+        print(f"tasks  {text}")
     print(json.dumps({"step": int(state.step)} | metrics))
+
+
+def evaluate_by_lm_eval(run: Run, state: TrainState) -> None:
+    """Runs the tasks of --lm_eval and prints lm_eval's table and results."""
+    args, name = flags.FLAGS, read_config_json(flags.FLAGS.run)["data"].get("tokenizer")
+    if not name:
+        raise ValueError(
+            f"--lm_eval needs the run's tokenizer, but the shards of {args.run} do not name theirs."
+        )
+    model = TextModel(run, state, build_tokenizer(name), run.cfg.eval.start_token)
+    table, results = run_lm_eval(model, args.lm_eval.split(","), args.limit)
+    print(f"step {int(state.step)}\n{table}")
+    print(json.dumps({"step": int(state.step)} | results))
 
 
 def define_flags() -> None:
     """Defines the flags of `jaxtrain evaluate`."""
     flags.DEFINE_string("run", None, "folder of the run", required=True)
     flags.DEFINE_integer("step", 0, "checkpoint to evaluate; 0 is the newest good one")
+    flags.DEFINE_string("tasks", "", "as eval.tasks: NAME=PATH ...; default: the run's")
+    text = "as eval.start_token, for --tasks and --lm_eval; default: the run's"
+    flags.DEFINE_bool("start_token", None, text)
+    flags.DEFINE_string("lm_eval", "", "tasks of lm_eval, or its YAML files, separated by commas")
+    flags.DEFINE_integer("limit", 0, "examples of each task of --lm_eval; 0: all")
     flags.DEFINE_integer("rows", 0, "sequences that a device reads at once; 0: as in training")
 
 

@@ -33,6 +33,7 @@ from jaxtrain.config.help_text import describe_flags
 from jaxtrain.config.shell_commands import current_command
 from jaxtrain.data.corpus import Corpus, note_shared_shards, open_corpus
 from jaxtrain.data.loader import build_batches
+from jaxtrain.data.tasks.open_tasks import open_tasks
 from jaxtrain.data.vocabulary import check_source
 from jaxtrain.distributed.broadcast import (
     broadcast_from_process_0,
@@ -59,6 +60,7 @@ from jaxtrain.run_directory.lock import RunLock
 from jaxtrain.sites.rounds import Rounds
 from jaxtrain.sites.start import Membership, check_sites_flags, open_rounds, read_membership
 from jaxtrain.training.diagnostic_step import compile_diagnosis
+from jaxtrain.training.evaluation import Evaluator
 from jaxtrain.training.finish import SAMPLE_FLAG, finish_run
 from jaxtrain.training.loop import Diverged, Loop
 from jaxtrain.training.reports import open_logger, open_webhook
@@ -102,7 +104,7 @@ def train(
 
     # Config: settle the dtype, and refuse now what would otherwise fail at the first save or later.
     check_path(workdir)
-    cfg, dtype_reason = resolve_dtype(cfg, (devices or jax.devices())[0], cfg.workdir)
+    cfg, reason = resolve_dtype(cfg, (devices or jax.devices())[0], cfg.workdir)
     check_source(cfg.data, cfg.model.V)
     decode_shell_text(cfg.sample.prompt, SAMPLE_FLAG)
     webhook = open_webhook(cfg, quiet)
@@ -120,8 +122,8 @@ def train(
 
         # Data.
         stop.set_activity("reading the data")
-        corpus, held_out = run_on_all_processes(lambda: open_data(cfg, workdir))
-        check_same_on_all_processes("the data", corpus.fingerprint)
+        corpus, evaluator = run_on_all_processes(lambda: open_data(run))
+        check_same_on_all_processes("the data", corpus.fingerprint + evaluator.fingerprint())
         site = (member.site, len(member.file.sites)) if member else (0, 1)
         batches = stack.enter_context(build_batches(cfg.data, corpus, run.mesh, cfg.seed, site))
 
@@ -142,7 +144,7 @@ def train(
         stack.enter_context(checkpoints.add_newest_step_to_errors())
         logger = stack.enter_context(open_logger(run, first, quiet, webhook))
         hosts = gather_texts(socket.gethostname())
-        logger.print_header(startup_lines(run, corpus, checkpoints, restored, dtype_reason))
+        logger.print_header(startup_lines(run, corpus, checkpoints, restored, reason, evaluator))
         if rounds:
             rounds.log.open(workdir, first, logger.note)
             logger.print_header(("sites", line) for line in rounds.describe())
@@ -164,7 +166,7 @@ def train(
         logger.print_header(measurement_lines(run, work, collector))
 
         # Loop: batch, step, log, evaluate, save; then a last evaluation, a sample, the summary.
-        parts = step, diagnosis, batches, held_out, checkpoints, logger, collector, rounds
+        parts = step, diagnosis, batches, evaluator, checkpoints, logger, collector, rounds
         loop = Loop(run, state, *parts)
         del state  # the first step donates its buffers
         stack.enter_context(stop)
@@ -225,13 +227,15 @@ def lock_workdir(cfg: config_lib.TrainConfig) -> Iterator[RunLock]:
         yield lock
 
 
-def open_data(cfg: config_lib.TrainConfig, workdir: Path) -> list[Corpus]:
-    """Returns the corpora to train on and to evaluate on."""
+def open_data(run: Run) -> tuple[Corpus, Evaluator]:
+    """Returns the corpus to train on, and what the weights are evaluated on."""
+    cfg, workdir = run.cfg, Path(run.cfg.workdir)
     with add_path_to_errors(cfg.data.text or cfg.data.shards):
         train, held_out = (
             open_corpus(cfg.data, split, cfg.model.V, workdir) for split in ("train", "val")
         )
-        return [note_shared_shards(train, held_out), held_out]
+    tasks = open_tasks(cfg.eval, cfg.data, held_out.tokenizer_name, cfg.model.V, workdir)
+    return note_shared_shards(train, held_out), Evaluator(run, held_out, tasks)
 
 
 def main() -> int:

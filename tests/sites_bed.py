@@ -1,5 +1,6 @@
 """Starts jobs at two sites of a test bed, for tests/sites_acceptance.py."""
 
+import itertools
 import json
 import os
 import re
@@ -14,13 +15,22 @@ import runs
 from jaxtrain.metrics.jsonl import read_metrics
 from jaxtrain.sites.ledger import Round, read_ledger
 
-SITES = {"new_york": "h0", "asuncion": "h1"}
+SITES = ("new_york", "asuncion")
+HOSTS = 3
+# Which hosts a site has; the name says which site has two.
+LAYOUTS = {
+    "one_each": (["h0"], ["h1"]),
+    "two_first": (["h0", "h2"], ["h1"]),
+    "two_second": (["h0"], ["h1", "h2"]),
+}
 ONE_WAY_MS = 75.0
 TRAINER = "-m tests.sites_faulty"
 MODEL = {"L": 2, "D": 128, "H": 2, "G": 2, "K": 64, "F": 384}
 FLAGS = {
     **{f"model.{name}": size for name, size in MODEL.items()},
     "data.batch": 4,
+    "mesh.replica": -1,
+    "mesh.fsdp": 1,
     "data.seq_len": 64,
     "sample.tokens": 0,
     "compile_cache": "/tmp/xla",
@@ -40,11 +50,13 @@ class SitesScene:
     def __init__(self, bed, folder: Path, shared: Path):
         self.bed, self.folder, self.shared = bed, folder, shared
         self.text = runs.write_text(folder)
-        files = [
-            bed.inventory(folder / f"{site}.toml", only=[host], site=site)
-            for site, host in SITES.items()
-        ]
-        self.sites = ",".join(map(str, files))
+        self.inventories = {}
+        for layout, hosts_of in LAYOUTS.items():
+            files = [
+                bed.inventory(folder / f"{site}-{layout}.toml", only=hosts, site=site)
+                for site, hosts in zip(SITES, hosts_of, strict=True)
+            ]
+            self.inventories[layout] = ",".join(map(str, files))
         self.env = os.environ | {"JAXTRAIN_JOBS": str(folder / "jobs"), "PYTHONPATH": str(ROOT)}
         self.env["XLA_FLAGS"] = f"{xla_flags.QUICK} --xla_cpu_multi_thread_eigen=false"
         self.env["XDG_RUNTIME_DIR"] = str(bed.folder)
@@ -52,19 +64,36 @@ class SitesScene:
             bed.run(host, "sysctl", "-qw", "net.ipv4.tcp_congestion_control=bbr")
 
     def set_link(self, mbit: float) -> None:
+        """Sets what is between h1, of the second site, and h0, of the first one."""
         self.bed.link("h0", "h1", delay_ms=ONE_WAY_MS, rate_mbit=mbit)
+
+    def cut(self, layout: str = "one_each") -> None:
+        """Cuts all links between the sites."""
+        self._set_up(layout, False)
+
+    def heal(self, layout: str = "one_each") -> None:
+        self._set_up(layout, True)
+
+    def _set_up(self, layout: str, up: bool) -> None:
+        first, second = LAYOUTS[layout]
+        for a, b in itertools.product(first, second):
+            self.bed.link(a, b, up=up)
 
     def run(self, name: str, *argv: object) -> Launched:
         """Starts launch.run with these arguments; its output is in NAME.out."""
         command = [sys.executable, "-m", "launch.run", *map(str, argv)]
         return Launched(command, self.folder / f"{name}.out", self.env)
 
-    def launch(self, name: str, *options: str, **values: object) -> Launched:
+    def launch(self, name: str, layout: str = "one_each", **values: object) -> Launched:
         """Starts a job at both sites; `__` in the name of a flag stands for a dot."""
         flags = FLAGS | {key.replace("__", "."): value for key, value in values.items()}
         where = [f"--for={s}:--config.workdir=/mnt/shared/{name}-{s}" for s in SITES]
-        common = [f"--sites={self.sites}", f"--ssh_config={self.bed.ssh_config}", "--backoff_s=1"]
-        common += ["--module=tests.sites_faulty", "--env=XLA_FLAGS", *where, *options]
+        common = [
+            f"--sites={self.inventories[layout]}",
+            f"--ssh_config={self.bed.ssh_config}",
+            "--backoff_s=1",
+        ]
+        common += ["--module=tests.sites_faulty", "--env=XLA_FLAGS", *where]
         flags = [f"--config.{key}={value}" for key, value in flags.items()]
         text = f"--config.data.text={self.text}"
         return self.run(name, *common, "--", "--config=configs/debug.py", text, *flags)

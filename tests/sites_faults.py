@@ -5,13 +5,14 @@ import time
 from functools import partial
 
 from launch_faults import signal_supervisor
+from sites_bed import LAYOUTS
 
 PERIOD, STEPS = 10, 60
 AT_ROUND = (1, 2, 4)  # applied when the fault strikes, by repetition
 RUN = {"steps": STEPS, "save_every": PERIOD, "sites__period": PERIOD, "sites__codec": "float32"}
 MBIT = 20.0
 INSIDE = 300_000  # bytes of a code of about 1.6 MB
-LOST_S = 8.0  # for the cases that go on without a site
+LOST_S = 20.0  # for the case that goes on without a site; both sites must start within it
 LIMIT_S = 420
 
 
@@ -24,9 +25,9 @@ def wait_inside_a_fragment(scene, launched):
 def cut(seconds, scene, launched, repetition):
     del repetition
     wait_inside_a_fragment(scene, launched)
-    scene.bed.link("h0", "h1", up=False)
+    scene.cut()
     time.sleep(seconds)
-    scene.bed.link("h0", "h1", up=True)
+    scene.heal()
 
 
 def kill_rank(scene, launched, repetition):
@@ -61,10 +62,10 @@ def kill_at(moments, scene, launched, repetition):
 def stay_away(scene, launched, repetition):
     """Keeps a site away for about as long as three rounds take, while the other waits."""
     del launched, repetition
-    scene.bed.link("h0", "h1", up=False)
+    scene.cut()
     scene.kill_trainer("h1")
     time.sleep(25)
-    scene.bed.link("h0", "h1", up=True)
+    scene.heal()
 
 
 BITWISE = {
@@ -115,21 +116,21 @@ def resume_both(scene, reference, repetition) -> dict:
     return {"stopped": stopped == 0, "exit 0": status == 0, "same bits": same}
 
 
-def leave_out(scene, reference, repetition) -> dict:
+def leave_out(layout, scene, reference, repetition) -> dict:
     """Keeps the second site away for three rounds, while the first one goes on; then it returns.
 
     Afterwards the first site's trainer is killed: it must decide the same again.
     """
     del reference
-    run = f"left_out-{repetition}"
+    run = f"left_out-{layout}-{repetition}"
     options = {"steps": 2 * STEPS, "sites__on_loss": "fewer", "sites__lost_s": LOST_S}
-    launched = scene.launch(run, **RUN | options)
+    launched = scene.launch(run, layout, **RUN | options)
     ledger = lambda site="new_york": scene.ledger(run, site)
     scene.wait_for(launched, lambda: len(ledger()) >= 1)
-    scene.bed.link("h0", "h1", up=False)
+    scene.cut(layout)
     alone = lambda: [line for line in ledger() if line.participants == ("new_york",)]
     scene.wait_for(launched, lambda: len(alone()) >= 3)
-    scene.bed.link("h0", "h1", up=True)
+    scene.heal(layout)
     scene.wait_for(launched, lambda: len(ledger()[-1].participants) == 2 and alone())
     scene.kill_trainer("h0")
     status = launched.wait(LIMIT_S)
@@ -148,4 +149,5 @@ def leave_out(scene, reference, repetition) -> dict:
 
 
 CASES = {name: partial(run_with_fault, name) for name in BITWISE}
-CASES |= {"both": resume_both, "left_out": leave_out}
+CASES |= {"both": resume_both}
+CASES |= {f"left_out_{layout}": partial(leave_out, layout) for layout in LAYOUTS}

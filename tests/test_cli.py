@@ -122,6 +122,11 @@ def test_every_example_in_the_help_is_a_valid_command_line(name, capsys, monkeyp
     no_files = lambda *files: to_config_dict(TrainConfig(weights=files[0]))
     for builder in ("build_record_config", "build_config"):
         monkeypatch.setattr(f"jaxtrain.crosscheck.__main__.{builder}", no_files)
+    # Stands for runs that the examples only name.
+    find = lambda name: Path(name) if name.startswith("runs/") else None
+    monkeypatch.setattr("jaxtrain.config.config_files.find_run_folder", find)
+    stored = lambda folder: to_config_dict(TrainConfig(workdir=str(folder)))
+    monkeypatch.setattr("jaxtrain.config.config_files.load_run_config", stored)
     for line in examples(help_of(capsys, cli.main, [name, "--help"])):
         _, used, *argv = shlex.split(line, comments=True)
         if used in PARSE:

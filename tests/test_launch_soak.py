@@ -46,6 +46,19 @@ def test_a_leak_is_found_though_it_is_slow_and_the_series_varies(figure, values)
     assert leaks(**{figure: values}) == [figure]
 
 
+def test_known_growth_is_allowed_to_those_that_report_what_they_have_in_use_and_to_no_more():
+    rank = lambda i: {"rss_bytes": (400 + i // 100 * 5) * MIB, "malloc_bytes": 100 * MIB}
+    leaking = lambda i: rank(i) | {"malloc_bytes": (100 + i // 130 * 2) * MIB}
+    other = lambda i: {"rss_bytes": rank(i)["rss_bytes"]}
+    samples_of = {
+        name: [{"time_s": 3.0 * i} | values(i) for i in range(SAMPLES)]
+        for name, values in {"rank": rank, "leaking rank": leaking, "keeper": other}.items()
+    }
+    problems = soak_trends.judge(samples_of, [], {"rss_bytes": 15 * MIB})[1]
+    assert problems == ["leaking rank: malloc_bytes grow", "keeper: rss_bytes grow"]
+    assert "rank: rss_bytes grow" in soak_trends.judge(samples_of, [])[1]
+
+
 def test_a_report_names_what_leaks_and_what_was_sampled_too_rarely():
     samples_of = {
         "h0 rank, pid 1": sample_series(files=lambda i: i, threads=lambda i: 9),

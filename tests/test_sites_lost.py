@@ -3,6 +3,7 @@
 import concurrent.futures
 import time
 
+import jax
 import numpy as np
 import pytest
 from sites_in_memory import Hub, Site, build
@@ -125,6 +126,11 @@ class Pair:
         return read_ledger(self.folder / f"run_{name}" / "sites.jsonl")
 
 
+def counts(site):
+    """Returns the step of a site and the counts of its optimizer."""
+    return [int(x) for x in jax.tree.leaves(site.state) if x.dtype == np.int32]
+
+
 def pace(limit):
     """Returns what keeps a site from training past a step before `limit()` allows it."""
 
@@ -134,9 +140,8 @@ def pace(limit):
     return before
 
 
-@pytest.mark.parametrize("codec", ["float32", "int4"])
-def test_a_lost_site_is_left_out_and_returns_with_the_same_weights(built, tmp_path, codec):
-    with Pair(built, tmp_path, codec=codec) as pair:
+def test_a_lost_site_is_left_out_and_returns_with_the_same_weights(built, tmp_path):
+    with Pair(built, tmp_path, codec="int4") as pair:
         step = [2 * PERIOD]
         a, training_a = pair.start("a", before=pace(lambda: step[0]), save=(2 * PERIOD, 20))
         b, training_b = pair.start("b", until=PERIOD, save=(PERIOD,))
@@ -154,6 +159,7 @@ def test_a_lost_site_is_left_out_and_returns_with_the_same_weights(built, tmp_pa
         assert (a.weights() == again.weights()).all()
         for x, y in zip(a.rounds.outer, again.rounds.outer, strict=True):
             assert (x.reference == y.reference).all() and (x.momentum == y.momentum).all()
+        assert counts(a) == counts(again)  # the schedule of the learning rate depends on them
         taken = pair.ledger("b")[1]
         assert (taken.round, taken.started_step, taken.applied_step) == (4, 8, 16)
         of_a = pair.ledger("a")[3]

@@ -42,7 +42,7 @@ class Command(NamedTuple):
 COMMANDS = (
     Command("train", "jaxtrain.train", "train", "train the model that a config describes"),
     Command("encode", "jaxtrain.data.encode", "train", "turn text into token shards", "main"),
-    Command("evaluate", "jaxtrain.evaluate", "train", "compute a run's held-out loss"),
+    Command("evaluate", "jaxtrain.evaluate", "train", "compute a run's held-out loss and tasks"),
     Command("branch", "jaxtrain.branching.branch", "train", "train on from a run's checkpoint"),
     Command("merge", "jaxtrain.branching.merge", "train", "average a run's checkpoints"),
     Command("generate", "jaxtrain.generate", "train", "sample text from a run"),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from jaxtrain.config.fields import Section, knob
+from jaxtrain.config.task_list import parse_tasks
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,32 @@ class SampleConfig(Section):
         0.7, "sampling temperature; 0 always takes the likeliest token", low=0.0
     )
     top_k: int = knob(50, "draw from this many of the likeliest tokens; 0 draws from all", low=0)
+
+
+@dataclass(frozen=True)
+class EvalConfig(Section):
+    """What each evaluation scores besides the held-out text of the run's data."""
+
+    PREFIX = "eval."
+
+    tasks: str = knob(
+        "",
+        "tasks and further held-out texts to evaluate on, as NAME=PATH or NAME=KIND:PATH, "
+        "separated by spaces; kinds are hellaswag, arc, choices, last_word, llmc and heldout",
+    )
+    examples: int = knob(
+        0, "examples of a task that an evaluation scores, spread evenly; 0 scores all", low=0
+    )
+    start_token: bool = knob(
+        True, "begin each example of a task with the token that starts documents, as in training"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        try:
+            parse_tasks(self.tasks)
+        except ValueError as error:
+            self.fail("tasks", str(error))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from jaxtrain.config.fields import INT64_MAX, Section, field_error, find_fault, 
 from jaxtrain.config.model_section import ModelConfig
 from jaxtrain.config.run_sections import (
     CheckpointConfig,
+    EvalConfig,
     ExportConfig,
     MeasureConfig,
     MeshConfig,
@@ -44,7 +45,8 @@ SITE_FIELDS = (
     *("model.attention", "optim.total_steps", "optim.warmup_steps", "sites.period", "sites.delay"),
     *("log_every", "eval_every", "eval_from", "eval_tokens", "save_every", "keep_last"),
     *("keep_every", "diagnose_every", "max_bad_steps", "checkpoint.", "sample.", "measure."),
-    *("profile.", "export.", "notify.", "workdir", "compile_cache", "deterministic", "weights"),
+    *("eval.", "profile.", "export.", "notify.", "workdir", "compile_cache", "deterministic"),
+    "weights",
 )
 SectionType = TypeVar("SectionType", bound=Section)
 
@@ -118,6 +120,7 @@ class TrainConfig(Section):
     mesh: MeshConfig = field(default_factory=MeshConfig)
     sites: SitesConfig = field(default_factory=SitesConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
@@ -254,7 +257,7 @@ def config_hash(config: TrainConfig) -> str:
     """
     # Without several sites, the hash is what it was before there were any.
     sites = () if config.sites.period else ("sites.",)
-    reports = ("measure.", "profile.", "export.", "notify.")
+    reports = ("eval.", "measure.", "profile.", "export.", "notify.")
     return _hash(config, "checkpoint.storage", *reports, *sites)
 
 

@@ -40,7 +40,7 @@ def chunk_steps(B: int, T: int, V: int, chunk_bytes: int) -> int:
     return -(-T // -(-T // most))  # -(-a // b) rounds up
 
 
-def _split_time(x, steps):
+def split_time(x: jax.Array, steps: int) -> jax.Array:
     """[B,T,...] -> [chunks,B,steps,...], time padded with zeros."""
     pad = -x.shape[1] % steps
     x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
@@ -167,7 +167,7 @@ def _local_loss(
         return (*sums, (dw, db)), vocabulary.sum(einsum("BTV,VD->BTD", d, w_VD)).astype(h.dtype)
 
     steps = chunk_steps(B, T, V, chunk_bytes)
-    chunks = tuple(_split_time(x, steps) for x in (h_BTD, targets_BT, weights_BT))
+    chunks = tuple(split_time(x, steps) for x in (h_BTD, targets_BT, weights_BT))
     count = chunks[0].shape[0]
     zero = jnp.zeros((), wide)
     dhead = (jnp.zeros((V, D), wide), None if b_V is None else jnp.zeros(V, wide))

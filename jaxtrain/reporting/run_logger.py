@@ -18,7 +18,14 @@ from jaxtrain.metrics.jsonl import FILE, MetricsFile, read_metrics
 from jaxtrain.reporting.loss_curve import loss_curve
 from jaxtrain.reporting.prometheus import PrometheusExporter
 from jaxtrain.reporting.tensorboard import EventFile
-from jaxtrain.reporting.terminal import EVAL_LOSS, LOSS, Terminal, closing_lines, eval_text
+from jaxtrain.reporting.terminal import (
+    EVAL_LOSS,
+    LOSS,
+    Terminal,
+    closing_lines,
+    eval_text,
+    tasks_text,
+)
 from jaxtrain.reporting.webhook import Webhook
 
 NAME_WIDTH = 8  # of the header's first column; fits "FALLBACK"
@@ -148,6 +155,8 @@ class RunLogger:
             self._terminal.show_step(step, plain)
         if EVAL_LOSS in plain:
             self.note(f"eval  step {step}  {eval_text(plain)}")
+            if tasks := tasks_text(plain):
+                self.note(f"tasks step {step}  {tasks}")
 
     def write_ranks(self, changes: Iterable[str], ratios: dict[str, list[float]]) -> None:
         """Prints which processes have become stragglers, or are none any more.

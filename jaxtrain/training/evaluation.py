@@ -1,7 +1,10 @@
-"""Held-out loss: nats per token and, if the text's size in bytes is known, bits per byte."""
+"""Held-out loss: nats per token and, if the text's size in bytes is known, bits per byte.
+
+An Evaluator adds the tasks and further held-out texts of eval.tasks.
+"""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +12,14 @@ from jax.sharding import Mesh
 
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.data.corpus import Corpus
+from jaxtrain.data.loader import EvalBatches, build_eval_batches
+from jaxtrain.data.tasks.open_tasks import Task, fingerprint_tasks
 from jaxtrain.distributed.mesh import replicated
 from jaxtrain.optim.acceleration import eval_params
 from jaxtrain.training.run import Run
+from jaxtrain.training.scoring import Scorer
 from jaxtrain.training.step import TrainState, batch_loss, microbatches, target_weights
+from jaxtrain.training.tasks import TaskScores
 
 FEW_TOKENS = 1_000  # a token's nats vary by about 3, so the mean of 1,000 by about 0.1
 
@@ -99,6 +106,82 @@ def evaluate(
     if text_bytes:
         metrics["eval/bits_per_byte"] = nats / math.log(2) / text_bytes
     return metrics
+
+
+class Evaluator:
+    """Evaluates a run's weights on held-out text and on tasks, with programs compiled once.
+
+    Args:
+        run: from build_run.
+        held_out: corpus of the run's own held-out text.
+        tasks: from open_tasks.
+
+    Raises:
+        ValueError: a held-out text is empty, or a document mask needs boundaries that it lacks.
+    """
+
+    def __init__(self, run: Run, held_out: Corpus, tasks: Sequence[Task] = ()):
+        self.held_out, self._run, self._tasks = held_out, run, tasks
+        self._step = build_eval_step(run)
+        self.batches = build_eval_batches(run.cfg.data, held_out, run.mesh)
+        self._further = {
+            task.name: (build_eval_batches(run.cfg.data, task.corpus, run.mesh), task.corpus)
+            for task in tasks
+            if task.corpus is not None
+        }
+        self._counters: dict[str, Callable | None] = {}
+        has_examples = any(task.examples for task in tasks)
+        self._scores = TaskScores(Scorer(run), tasks) if has_examples else None
+
+    def describe(self) -> Iterator[str]:
+        """Yields a line about each task."""
+        yield from (task.describe(self._run.cfg.data.seq_len) for task in self._tasks)
+
+    def fingerprint(self) -> str:
+        """Returns the names and hashes of the tasks, which must be equal on all processes."""
+        return fingerprint_tasks(self._tasks)
+
+    def evaluate(
+        self,
+        state: TrainState,
+        stop_signal: Callable = lambda: None,
+        max_tokens: int = 0,
+        batches: Iterable[dict] | None = None,
+    ) -> dict[str, float] | None:
+        """Returns the metrics of `evaluate` for the held-out text, and those of all tasks.
+
+        Args:
+            state: a TrainState; its optimizer chooses which weights are evaluated.
+            stop_signal: called before each batch; once it returns a signal, the result is None.
+            max_tokens: limit of each held-out text; 0 reads everything.
+            batches: `self.batches`, for instance with a progress bar around them.
+        """
+        own = self.batches if batches is None else batches
+        metrics = self._evaluate_text("", own, self.held_out, state, max_tokens, stop_signal)
+        for name, (batches, corpus) in self._further.items():
+            found = self._evaluate_text(name, batches, corpus, state, max_tokens, stop_signal)
+            if metrics is None or found is None:
+                return None
+            rename = lambda key, name=name: key.replace("eval/", f"eval/{name}_")
+            metrics |= {rename(key): value for key, value in found.items()}
+        if metrics is None or self._scores is None:
+            return metrics
+        params = eval_params(state.opt_state, state.params)
+        found = self._scores.evaluate(params, stop_signal)
+        return None if found is None else metrics | found
+
+    def _evaluate_text(
+        self,
+        name: str,
+        batches: EvalBatches | Iterable[dict],
+        corpus: Corpus,
+        state: TrainState,
+        max_tokens: int,
+        stop_signal: Callable,
+    ) -> dict[str, float] | None:
+        if name not in self._counters:
+            self._counters[name] = build_byte_counter(corpus, self._run.mesh)
+        return evaluate(self._step, state, batches, self._counters[name], max_tokens, stop_signal)
 
 
 def token_limit(cfg: TrainConfig) -> int:

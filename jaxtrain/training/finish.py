@@ -64,7 +64,7 @@ def print_sample(loop: Loop, corpus: Corpus) -> None:
         loop.logger.note("no sample: the shards do not name their tokenizer")
         return
     tokenizer = build_tokenizer(corpus.tokenizer_name)
-    ids = loop.held_out.read(0, 1, 1 + PROMPT_TOKENS)
+    ids = loop.evaluator.held_out.read(0, 1, 1 + PROMPT_TOKENS)
     if cfg.prompt:
         ids = tokenizer.encode(decode_shell_text(cfg.prompt, SAMPLE_FLAG))
     prompt_tokens, tokens = fit_positions(loop.cfg.model, len(ids), cfg.tokens)

@@ -10,8 +10,7 @@ import jax
 
 import jaxtrain.config.train_config as config_lib
 from jaxtrain.checkpoint.manager import Checkpoints
-from jaxtrain.data.corpus import Corpus
-from jaxtrain.data.loader import Batches, build_eval_batches
+from jaxtrain.data.loader import Batches
 from jaxtrain.distributed.broadcast import broadcast_from_process_0
 from jaxtrain.distributed.heartbeat import beat
 from jaxtrain.distributed.preemption import StopListener
@@ -21,13 +20,7 @@ from jaxtrain.reporting.terminal import describe_time_left
 from jaxtrain.reporting.tracing import Tracer
 from jaxtrain.sites.outer_state import add_outer_state
 from jaxtrain.sites.rounds import Rounds
-from jaxtrain.training.evaluation import (
-    build_byte_counter,
-    build_eval_step,
-    evaluate,
-    token_limit,
-    warn_of_noise,
-)
+from jaxtrain.training.evaluation import Evaluator, token_limit, warn_of_noise
 from jaxtrain.training.finite import is_sound, name_spoiled_processes
 from jaxtrain.training.phases import AFTER_STEPS, measure_phases, show_phases
 from jaxtrain.training.run import Run
@@ -56,7 +49,7 @@ class Loop:
         step: from compile_step.
         diagnosis: from compile_diagnosis; None if the config asks for none.
         batches: training batches, positioned at the state's step.
-        held_out: corpus to evaluate on.
+        evaluator: what the weights are evaluated on.
         collector: the entered Collector of this process.
         rounds: exchange with other sites, with its state restored; None trains on this site only.
     """
@@ -68,7 +61,7 @@ class Loop:
         step: Step,
         diagnosis: Step | None,
         batches: Batches,
-        held_out: Corpus,
+        evaluator: Evaluator,
         checkpoints: Checkpoints,
         logger: RunLogger,
         collector: Collector,
@@ -76,11 +69,10 @@ class Loop:
     ):
         self.cfg, self.run = run.cfg, run
         self.state, self.step, self.diagnosis = state, step, diagnosis
-        self.batches, self.held_out = batches, held_out
+        self.batches, self.evaluator = batches, evaluator
         self.checkpoints, self.logger, self.collector = checkpoints, logger, collector
         self.rounds = rounds
         self.stop = StopListener()
-        self.eval_step = build_eval_step(run)
         self.rates = run.rates()
         self.first = self.saved_step = int(state.step)
         self.tracer = Tracer(self.cfg.workdir, self.first, self.cfg.steps, self.cfg.profile.steps)
@@ -212,7 +204,7 @@ class Loop:
             self.logger.print_header([("time", text)])
 
     def evaluate(self, step: int) -> dict[str, float] | None:
-        """Logs the held-out loss of the current weights; returns None if a signal came.
+        """Logs held-out losses and scores of the current weights; returns None if a signal came.
 
         A signal ends it after the current batch: the grace period that a scheduler grants after
         SIGTERM may be shorter than an evaluation.
@@ -221,9 +213,8 @@ class Loop:
         beat("eval")
         self.stop.defer_signals(IN_EVALUATION)
         with self._pause("eval"):
-            batches = build_eval_batches(self.cfg.data, self.held_out, self.run.mesh)
-            given = self.eval_step, self.state, batches, self._count_bytes, token_limit(self.cfg)
-            metrics = evaluate(*given, self.stop.agreed_signal)
+            stopped = lambda: beat("eval") or self.stop.agreed_signal()
+            metrics = self.evaluator.evaluate(self.state, stopped, token_limit(self.cfg))
         self.stop.defer_signals(IN_STEP)
         if metrics is None:
             self.logger.note(
@@ -235,10 +226,6 @@ class Loop:
             self.logger.note(warning)
             self._warned_of_noise = True
         return metrics
-
-    @functools.cached_property
-    def _count_bytes(self):
-        return build_byte_counter(self.held_out, self.run.mesh)
 
     def _save(self, step: int) -> None:
         """Starts to write a checkpoint, unless the step is stored already or not finite."""

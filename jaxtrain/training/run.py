@@ -77,7 +77,24 @@ def build_run(cfg: config_lib.TrainConfig, devices: Sequence | None = None) -> R
     device = mesh.devices.flat[0]
     cfg, _ = resolve_dtype(cfg, device)
     check_batch(cfg.data.batch, cfg.accumulation, mesh)
-    masked = cfg.data.document_mask
+    routes, model = build_routed_model(cfg, mesh)
+    model = scale_initial_values(cfg, model)
+    softcap, form = cfg.model.logit_softcap, cfg.model.logit_softcap_form
+    dtype = jnp.dtype(cfg.model.dtype)
+    loss = build_loss(cfg.loss, softcap, dtype, mesh, routes["head"], form)
+    optimizer = build_optimizer(cfg.optim, model.axes, mesh, cfg.seed, routes.get("square"))
+    return Run(cfg, mesh, routes, model, loss, optimizer)
+
+
+def build_routed_model(
+    cfg: config_lib.TrainConfig, mesh: jax.sharding.Mesh
+) -> tuple[dict[str, Any], Model]:
+    """Returns the implementation chosen for each op of a microbatch, and the model with them.
+
+    Raises:
+        ValueError: a route that the config demands does not fit this machine.
+    """
+    device, masked = mesh.devices.flat[0], cfg.data.document_mask
     routes = choose_routes(
         cfg.model,
         masked,
@@ -94,12 +111,7 @@ def build_run(cfg: config_lib.TrainConfig, devices: Sequence | None = None) -> R
     )
     if not cfg.optim.orthogonalizes:
         del routes["square"]  # only Newton-Schulz multiplies a matrix by itself
-    model = scale_initial_values(cfg, build_model(cfg.model, routes, mesh, masked))
-    softcap, form = cfg.model.logit_softcap, cfg.model.logit_softcap_form
-    dtype = jnp.dtype(cfg.model.dtype)
-    loss = build_loss(cfg.loss, softcap, dtype, mesh, routes["head"], form)
-    optimizer = build_optimizer(cfg.optim, model.axes, mesh, cfg.seed, routes.get("square"))
-    return Run(cfg, mesh, routes, model, loss, optimizer)
+    return routes, build_model(cfg.model, routes, mesh, masked)
 
 
 def compile_step(run: Run, options: dict[str, Any] | None = None) -> Step:

@@ -32,6 +32,7 @@ from jaxtrain.optim.param_groups import format_group_table, group_table
 from jaxtrain.optim.preconditioner_cost import ROTATIONS, owner_imbalance
 from jaxtrain.optim.sharded_muon import load_imbalance
 from jaxtrain.run_directory.lineage import KEY, read_branch, read_lineage
+from jaxtrain.training.evaluation import Evaluator
 from jaxtrain.training.run import Run
 
 ROOT = Path(__file__).parents[2]
@@ -48,12 +49,14 @@ def startup_lines(
     checkpoints: Checkpoints,
     restored: Restored | None,
     dtype_reason: str = "",
+    evaluator: Evaluator | None = None,
 ) -> Iterator[tuple[str, str]]:
     """Yields what the run will do, as (name, value) pairs for RunLogger.print_header.
 
     Args:
         restored: the checkpoint's step and meta; None at step 0.
         dtype_reason: why the dtype was chosen, if the config left it to the device.
+        evaluator: its tasks are described.
     """
     cfg, model = run.cfg, run.cfg.model
     tokens = cfg.steps * cfg.data.batch * cfg.data.seq_len
@@ -64,6 +67,7 @@ def startup_lines(
         f"vocabulary {model.V:,}",
     )
     yield "data", corpus.describe()
+    yield from (("task", line) for line in (evaluator.describe() if evaluator else ()))
     yield "tokens", f"{tokens:,} in {cfg.steps:,} steps of {cfg.data.batch} x {cfg.data.seq_len}"
     reason = f" ({dtype_reason})" if dtype_reason else ""
     yield "devices", f"{_describe_mesh(run.mesh)}, {model.dtype}{reason}"

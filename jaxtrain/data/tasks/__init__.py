@@ -1,0 +1,1 @@
+"""Evaluation tasks: their files, and their examples as tokens."""
