@@ -105,6 +105,7 @@ def test_a_continuation_ends_before_the_first_stop(model):
     assert model.generate("The cat", [stop, "never"], 12) == whole[: whole.index(stop)]
 
 
+@pytest.mark.filterwarnings("default")  # of lm_eval's dependencies
 def test_lm_eval_runs_on_a_task_of_our_own(model, tmp_path):
     pytest.importorskip("lm_eval", reason="lm_eval is missing: install the eval extra")
     from jaxtrain.interop.lm_eval_model import run_lm_eval

@@ -12,14 +12,14 @@ import runs
 from jaxtrain.checkpoint.manager import Checkpoints
 from jaxtrain.config.shell_commands import jaxtrain_program
 from jaxtrain.data.corpus import open_corpus
-from jaxtrain.data.loader import build_batches, build_eval_batches
+from jaxtrain.data.loader import build_batches
 from jaxtrain.errors import REFUSED
 from jaxtrain.generate import tokenizer_name
 from jaxtrain.interop.initial_state import initial_state
 from jaxtrain.metrics.names import measured_names
 from jaxtrain.run_directory.contents import load_train_config
-from jaxtrain.train import train
-from jaxtrain.training.evaluation import build_byte_counter, build_eval_step, evaluate
+from jaxtrain.train import open_data, train
+from jaxtrain.training.evaluation import token_limit
 from jaxtrain.training.finish import next_commands
 from jaxtrain.training.loop import Diverged
 from jaxtrain.training.resume import start_state
@@ -40,10 +40,20 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, text):
+def tasks(text):
+    """A value of eval.tasks: last words, and a held-out text."""
+    path = text.parent / "sums.jsonl"
+    lines = [{"text": f"{a} plus 2 is {a + 2}"} for a in range(1, 20)]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return f"sums={path} again={text}"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, text, tasks):
     """The directory of a finished run of 40 steps."""
     workdir = tmp_path_factory.mktemp("trained")
-    assert train(config(workdir, text, steps=40), jax.devices()[:1], quiet=True) == 0
+    cfg = config(workdir, text, steps=40, eval__tasks=tasks)
+    assert train(cfg, jax.devices()[:1], quiet=True) == 0
     return workdir
 
 
@@ -201,17 +211,22 @@ def test_other_data_in_the_same_folder_is_refused(trained, text, tmp_path):
         train(config(trained, other, steps=50), jax.devices()[:1], quiet=True)
 
 
+def restore_and_evaluate(workdir):
+    """Returns (restored state, metrics on its own text and tasks, as summary.json has them)."""
+    run, state = restore_run(workdir)
+    corpus, evaluator = open_data(run)
+    metrics = evaluator.evaluate(state, max_tokens=token_limit(run.cfg))
+    assert evaluator.evaluate(state, lambda: "SIGTERM") is None
+    assert len([*evaluator.describe()]) == 2 and run.mesh.size == 8
+    return state, metrics
+
+
 def test_a_restored_run_evaluates_on_any_number_of_devices(trained):
-    run, state = restore_run(trained)
-    assert run.mesh.size == 8 and int(state.step) == 40
-    corpus = open_corpus(run.cfg.data, "val", run.cfg.model.V, trained)
-    batches = build_eval_batches(run.cfg.data, corpus, run.mesh)
-    counter = build_byte_counter(corpus, run.mesh)
-    metrics = evaluate(build_eval_step(run), state, batches, counter)
+    state, metrics = restore_and_evaluate(trained)
     summary = json.loads((trained / "summary.json").read_text())
-    for name in ("eval/loss_nats", "eval/bits_per_byte"):
-        assert metrics[name] == pytest.approx(summary[name], rel=1e-5)
-    assert metrics["eval/tokens"] == corpus.tokens - 1
+    assert metrics == pytest.approx({name: summary[name] for name in metrics}, rel=1e-5)
+    assert {"eval/sums_accuracy", "eval/again_bits_per_byte"} <= metrics.keys()
+    assert (int(state.step), metrics["eval/sums_examples"]) == (40, 19)
 
 
 def test_a_run_is_restored_with_this_machines_routes_not_those_it_was_trained_with(
@@ -240,11 +255,11 @@ def test_too_many_skipped_steps_stop_the_run_and_name_the_flag(tmp_path, text):
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))  # no state was finite
 
 
-def test_two_processes_train_as_one_and_one_process_resumes_their_run(tmp_path, text, trained):
+def test_two_processes_train_as_one_and_one_resumes_their_run(tmp_path, text, tasks, trained):
     """Their mesh of 4 devices agrees with a run on one device, and a mesh of 2 resumes."""
     values = dict(steps=10, save_every=10, sample__tokens=0, mesh__fsdp=2, mesh__tensor=2)
     values |= dict(optim__total_steps=40, optim__ns_dtype="float32", compile_cache="")
-    values |= dict(measure__straggler_every=2, measure__straggler_cost=1e3)
+    values |= dict(measure__straggler_every=2, measure__straggler_cost=1e3, eval__tasks=tasks)
     flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in values.items()]
     folder = tmp_path / "pair"
     processes = [
@@ -258,6 +273,9 @@ def test_two_processes_train_as_one_and_one_process_resumes_their_run(tmp_path, 
     for i in range(2):
         lines = runs.read_metrics(folder / f"hosts/{i}.jsonl")
         assert [line["step"] for line in lines if line.get("event") == "probe"] == [2, 4, 6, 8, 10]
+    summary = json.loads((folder / "summary.json").read_text())
+    metrics = restore_and_evaluate(folder)[1]
+    assert metrics == pytest.approx({name: summary[name] for name in metrics}, rel=1e-5)
     longer = config(folder, text, **values | dict(steps=15, mesh__tensor=1))
     train(longer, jax.devices()[:2], quiet=True)
     assert dict(runs.losses(folder)) == pytest.approx(dict(runs.losses(trained)[:15]), rel=1e-5)
