@@ -86,6 +86,12 @@ def fork_command(name: str, *arguments: str, env: dict[str, str] | None = None) 
     return fork_program(program, *arguments, env=env)
 
 
+def fork_cli(*arguments, cwd: Path = ROOT) -> Fork:
+    """Starts `jaxtrain` with these arguments in such a fork."""
+    program = f"import os\nos.chdir({str(cwd)!r})\nfrom jaxtrain.cli import main\n"
+    return fork_program(program + "raise SystemExit(main())", *arguments)
+
+
 def fork_program(program: str, *arguments, env: dict[str, str] | None = None) -> Fork:
     """Starts a Python program, which may import the tests' modules, in such a fork."""
     reads_env = "from jaxtrain.distributed.heartbeat import beat\nbeat.__init__()\n"

@@ -1,12 +1,11 @@
 """Whole runs of both sides: tolerances, a user's own loop, llm.c's debug states, the sides."""
 
 import dataclasses
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
+import runs
 from jaxtrain.config.train_config import freeze, to_config_dict
 from jaxtrain.errors import REFUSED
 from jaxtrain.interop.hf import write_folder
@@ -191,20 +190,12 @@ def test_gradients_are_compared_with_an_llmc_debug_state(tmp_path, text, capsys)
         sides.compare_llmc(tmp_path / "w.bin", state, tmp_path / "out")
 
 
-def run_command(*args):
-    argv = [sys.executable, "-m", "jaxtrain.crosscheck", *map(str, args)]
-    return subprocess.run(argv, capture_output=True, text=True, timeout=300)
-
-
 def test_the_command_compares_a_config_in_float64_and_plots_the_losses(tmp_path, text, capsys):
     flags = ["--config=configs/crosscheck_llama.py", f"--config.workdir={tmp_path}"]
     flags += [f"--config.data.text={text}", "--config.model.D=32", "--config.model.F=48"]
-    done = run_command("run", *flags, "--steps=2", "--precision=float64")
-    assert done.returncode == 0, done.stderr
-    assert (
-        "AGREE: jaxtrain and pytorch are within the tolerances of float64 at all 2 steps"
-        in done.stdout
-    )
+    done = runs.fork_cli("crosscheck", "run", *flags, "--steps=2", "--precision=float64")
+    agree = "AGREE: jaxtrain and pytorch are within the tolerances of float64 at all 2 steps"
+    assert agree in runs.finish(done)
     assert (tmp_path / "compare_float64.png").stat().st_size > 10_000
     traces = [tmp_path / f"{side}_float64.jsonl" for side in ("jaxtrain", "pytorch")]
     lines = traces[1].read_text().splitlines()
@@ -229,7 +220,7 @@ def test_a_config_that_the_pytorch_side_cannot_train_is_refused(values, error, t
 
 
 def test_a_missing_trace_is_one_line_of_error():
-    done = run_command("compare", "/absent/a.jsonl", "/absent/b.jsonl")
-    assert done.returncode == REFUSED
-    assert "Traceback" not in done.stderr
-    assert "a trace must be a readable text file" in done.stderr.splitlines()[-1]
+    done = runs.fork_cli("crosscheck", "compare", "/absent/a.jsonl", "/absent/b.jsonl")
+    out = runs.finish(done, REFUSED)
+    assert "Traceback" not in out
+    assert "a trace must be a readable text file" in out.splitlines()[-1]

@@ -2,11 +2,9 @@
 
 import contextlib
 import io
-import os
 import re
 import runpy
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ REASON = 'torch is missing: pip install "jaxtrain[crosscheck]" to test the tutor
 torch = pytest.importorskip("torch", reason=REASON)
 pytest.importorskip("transformers", reason="transformers is missing: crosscheck")
 
+import runs  # noqa: E402
 from jaxtrain.crosscheck.comparison import compare_traces  # noqa: E402
 from jaxtrain.crosscheck.explanation import explain, steps_table  # noqa: E402
 from jaxtrain.crosscheck.trace import read_trace  # noqa: E402
@@ -46,11 +45,12 @@ def run_loop(path):
 
 
 def run_command(text):
-    argv = text.replace("\\\n", " ").split()
-    assert argv[0] == "jaxtrain"
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    argv = [sys.executable, "-m", "jaxtrain", *argv[1:]]
-    return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300)
+    """Runs a command in the current folder; returns its exit status and what it prints."""
+    program, *arguments = text.replace("\\\n", " ").split()
+    assert program == "jaxtrain"
+    done = runs.fork_cli(*arguments, cwd=Path.cwd())
+    out, err = done.communicate()
+    return subprocess.CompletedProcess(arguments, done.returncode, out, err)
 
 
 def test_the_page_shows_the_loop():

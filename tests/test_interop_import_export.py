@@ -6,8 +6,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -254,7 +252,7 @@ def test_bad_input_ends_in_one_line_with_the_flag_of_this_command(exported, brok
 
 
 def test_the_export_command_exits_with_the_status_of_bad_input(tmp_path):
-    argv = [sys.executable, "-m", "jaxtrain.interop", "export", f"--run={tmp_path}", "--to=x"]
-    done = subprocess.run(argv, cwd=runs.ROOT, capture_output=True, text=True)
-    assert done.returncode == REFUSED and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("error: --run must be a run's folder")
+    program = "from jaxtrain.interop.__main__ import command\ncommand()"
+    out = runs.finish(runs.fork_program(program, "export", f"--run={tmp_path}", "--to=x"), REFUSED)
+    assert "Traceback" not in out
+    assert out.strip().splitlines()[-1].startswith("error: --run must be a run's folder")

@@ -100,7 +100,7 @@ def test_a_good_step_resets_the_count_of_bad_steps_in_a_row():
 
 
 def test_padding_affects_neither_loss_nor_update():
-    run, step = build(docs=True)
+    run, step = build(docs=True, name="adamw")
     docs = np.zeros((B, T + 1), np.int32)
     docs[:, 9:] = -1
     outcomes = []
