@@ -80,6 +80,7 @@ def _key(values: Mapping[str, Any]) -> str:
 
 
 def _read(record: Mapping[str, Any], trial: Any) -> Result:
-    curves = ([tuple(map(float, row)) for row in record[name]] for name in ("train", "held_out"))
+    read_curve = lambda name: [(float(a), float(b), float(c)) for a, b, c in record[name]]
     loss = float("inf") if record["loss_nats"] is None else float(record["loss_nats"])
-    return Result(trial, loss, float(record["seconds"]), float(record["compile_s"]), *curves)
+    seconds, compile_s = float(record["seconds"]), float(record["compile_s"])
+    return Result(trial, loss, seconds, compile_s, read_curve("train"), read_curve("held_out"))
