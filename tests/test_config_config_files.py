@@ -17,7 +17,8 @@ from jaxtrain.ops.routes import choose_routes
 
 FOLDER = Path(configs.__file__).parent
 FAMILIES = {"__init__", "base", "gpt2", "llama"}  # not configs of a run
-STUDIES = {"study", "study_quick", "study_scaling", "track3"}  # tested in tests/test_study_plan.py
+# tested in tests/test_study_plan.py
+STUDIES = {"study", "study_quick", "study_scaling", "study_transferred", "track3"}
 OTHERS = FAMILIES | STUDIES
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in OTHERS)
 CROSSCHECKS = {"crosscheck_gpt2", "crosscheck_llama"}

@@ -181,7 +181,7 @@ def test_an_error_names_the_grid_of_a_contender_whose_settings_all_diverge():
         choose(plan, "muon", [float("inf")] * 4)
 
 
-@pytest.mark.parametrize("name", ["study", "study_quick", "study_scaling"])
+@pytest.mark.parametrize("name", ["study", "study_quick", "study_scaling", "study_transferred"])
 def test_shipped_studies_are_fair_and_state_their_size_and_command(name):
     module = importlib.import_module(f"configs.{name}")
     plan = build_plan(module.get_config())
