@@ -6,6 +6,8 @@ import jax
 import pytest
 
 import runs
+from jaxtrain.branching.branch import create_branch, plan_branch
+from jaxtrain.config.train_config import freeze, to_dict
 from jaxtrain.metrics.jsonl import read_metrics
 from jaxtrain.train import train
 
@@ -54,3 +56,21 @@ def test_a_run_reports_exact_counts_and_losses_of_each_source(folder, capsys):
     assert min(bits) < summary["eval/bits_per_byte"] < max(bits)
     config_json = json.loads((folder / "run" / "config.json").read_text())
     assert list(config_json["data"]["sources"]) == ["plus", "words"]
+
+
+def test_a_branch_on_another_mixture_counts_what_the_branch_has_read(folder):
+    values = {"data__mixture": f"plus='{folder}/plus.txt' words='{folder}/words'", "steps": 4}
+    values |= {"data__stages": "plus 0.5, words 0.5", "eval_every": 0, "save_every": 4}
+    cfg = runs.debug_config(folder / "trunk", "", **SMALL | values)
+    assert train(cfg, jax.devices()[:1], quiet=True) == 0
+    changed = to_dict(cfg) | {"steps": 6}
+    changed["data"] |= {"stages": "plus 0.25, words 0.75"}
+    branch = plan_branch(folder / "trunk", 4, folder / "branch", freeze(changed))
+    assert create_branch(branch)
+    assert train(branch.cfg, jax.devices()[:1], quiet=True) == 0
+    last = read_metrics(folder / "branch" / "metrics.jsonl")[-1]
+    assert last["step"] == 6 and last["eval/tokens"] > 0
+    counted = [
+        r for r in read_metrics(folder / "branch" / "metrics.jsonl") if "data/plus_tokens" in r
+    ]
+    assert counted[-1]["data/plus_tokens"] == 2 * 8 * 32 / 4

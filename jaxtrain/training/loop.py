@@ -77,7 +77,9 @@ class Loop:
         self.first = self.saved_step = int(state.step)
         self.tracer = Tracer(self.cfg.workdir, self.first, self.cfg.steps, self.cfg.profile.steps)
         self._warned_of_noise = self._showed_time_left = False
-        self._in_flight: tuple[int, dict[str, Any]] | None = None  # step, scalars on the device
+        # Step, its scalars on the device, and number of batches read up to it: a branch with other
+        # data, or a site that returned, has read fewer than it has steps.
+        self._in_flight: tuple[int, dict[str, Any], int] | None = None
         self._scalars: dict[str, jax.Array] = {}  # of the last step that was collected
 
     def run_to_end(self, stop: StopListener) -> signal.Signals | None:
@@ -162,7 +164,7 @@ class Loop:
             self.state, scalars = self.step(self.state, batch, self.rates)
         beat("train", step)  # a second beat, so that a stall in data loading is detectable
         self._collect_step()
-        self._in_flight = step, scalars
+        self._in_flight = step, scalars, self.batches.step
         return batch
 
     def _collect_step(self) -> None:
@@ -173,7 +175,7 @@ class Loop:
         """
         if self._in_flight is None:
             return
-        (step, scalars), self._in_flight = self._in_flight, None
+        (step, scalars, batches), self._in_flight = self._in_flight, None
         self._scalars = scalars
         with self.tracer.annotate("wait"):
             bad_steps = int(jax.device_get(scalars["train/bad_steps"]))
@@ -182,7 +184,7 @@ class Loop:
         self.logger.advance(step)
         if step % self.cfg.log_every == 0 or step == self.cfg.steps or bad_steps:
             metrics = {name: float(x) for name, x in jax.device_get(scalars).items()}
-            metrics |= self.batches.source_metrics(step) | self.collector.summary()
+            metrics |= self.batches.source_metrics(batches) | self.collector.summary()
             self.logger.write(step, metrics)
         if bad_steps:
             self.logger.note(f"step {step} skipped: its loss or its gradient is not finite")
