@@ -179,8 +179,9 @@ def resume_lines(cfg) -> list:
         return list(startup_lines(run, corpus, checkpoints, restored))
 
 
-def test_a_resumed_run_prints_the_values_that_changed(trained, text):
-    lines = resume_lines(config(trained, text, steps=41, optim__learning_rate=0.01))
+def test_a_resumed_run_prints_the_values_that_changed(trained, text, tasks):
+    changes = {"steps": 41, "optim__learning_rate": 0.01}
+    lines = resume_lines(config(trained, text, eval__tasks=tasks, **changes))
     steps = {"steps 41, was 40", "optim.total_steps 41, was 40"}
     changed = {value for name, value in lines if name == "resumed with"}
     assert changed == steps | {"optim.learning_rate 0.01, was 0.02"}

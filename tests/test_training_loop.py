@@ -34,6 +34,9 @@ class Steps:
     def state(self):
         return {"step": self.step}
 
+    def source_metrics(self, batches):
+        return {}
+
     def __call__(self, state, batch, rates):
         bad_steps, rms = self.figures[self.step - 1]
         scalars = {"train/bad_steps": bad_steps, "optim/matrices/update_rms": rms}

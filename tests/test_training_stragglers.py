@@ -51,6 +51,9 @@ PROGRAM = """
                 time.sleep(0.2)
             return {}
 
+        def source_metrics(self, batches):
+            return {}
+
     @jax.jit
     def move(w):
         return w - 0.01 * jnp.sin(w @ w.T / w.size) @ w, jnp.int32(0)

@@ -159,9 +159,9 @@ class Batches:
         self._reader.set_state({"next_index": state["step"]})
         self.step = state["step"]
 
-    def source_metrics(self, step: int) -> dict[str, int | float]:
-        """Returns what was read of each source of a mixture by a step; {} without a mixture."""
-        return self.sources.metrics(step) if self.sources else {}
+    def source_metrics(self, batches: int) -> dict[str, int | float]:
+        """Returns what so many batches have read of a mixture's sources; {} without a mixture."""
+        return self.sources.metrics(batches) if self.sources else {}
 
     def close(self) -> None:
         """Ends the reading threads; state() can still be called."""
