@@ -1,9 +1,14 @@
 import gc
 import os
 import shutil
+import sys
 import tempfile
 
 import xla_flags
+
+# Some machines set this. Each of the tests' many processes would compile our sources again: 0.4 s.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # Set before jax is imported. Tests have 8 devices, of which a mesh may use some.
 os.environ["XLA_FLAGS"] = xla_flags.flags(devices=8)
