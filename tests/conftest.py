@@ -81,7 +81,7 @@ optim_diagnostics optim_lmo
 optim_muon optim_newton_schulz optim_noise optim_normuon optim_owners optim_precision optim_recipes
 optim_soap relay reporting_loss_curve reporting_run_logger sites_fragments sites_lost sites_rounds
 study_scaling study_work track3 training_tasks interop_text_model
-train_run_directory train_together training_loop training_phases training_startup
+train_command_line train_run_directory train_together training_loop training_phases training_startup
 """
 SLOW_FILES = {*LONGEST, *(f"test_{name}.py" for name in SLOW.split())}
 

@@ -19,6 +19,8 @@ from jaxtrain.config.train_config import freeze
 from jaxtrain.metrics.jsonl import read_metrics
 
 ROOT = Path(__file__).parent.parent
+# An ASCII locale; without these Python uses UTF-8 even in the C locale.
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 DEADLINE_S = 240
 
 

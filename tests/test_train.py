@@ -282,53 +282,11 @@ def test_two_processes_train_as_one_and_one_resumes_their_run(tmp_path, text, ta
     assert dict(runs.losses(folder)) == pytest.approx(dict(runs.losses(trained)[:15]), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("flag", "message"),
-    [
-        ("--config.optim.learning_rate=fast", "must be a number; got 'fast'"),
-        ("--config.data.text=nowhere", "nowhere"),
-    ],
-)
-def test_a_bad_flag_ends_the_command_with_one_line_and_status_78(tmp_path, text, flag, message):
-    out = runs.finish(runs.fork(tmp_path / "run", text, flag), REFUSED)
-    assert message in out
-    assert "Traceback" not in out
-
-
-# An ASCII locale; without these Python uses UTF-8 even in the C locale.
-ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-
-
-def test_a_run_on_an_ascii_terminal_without_a_home_prints_escapes(tmp_path, monkeypatch):
-    """The folder's name has a space and a non-ASCII letter; text and prompt have some too."""
-    (tmp_path / "text.txt").write_text("naïve → über ☃\n" * 1_000)
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    monkeypatch.delenv("HOME")
-    flags = ("--config.steps=2", "--config.log_every=1", "--config.sample.prompt=é 你")
-    flags += ("--config.optim.name=adamw", "--config.model.L=1")  # to compile faster
-    out = runs.finish(runs.start(tmp_path / "a ü", tmp_path / "text.txt", *flags))
-    assert f"run       {tmp_path}/a \\xfc\n" in out
-    assert "\n\\xe9 \\u4f60|" in out
-    assert "warning: only" in out  # 2 steps are evaluated on few tokens
-    assert "\x1b" not in out and "\r" not in out and "Traceback" not in out
-
-
-def test_a_non_ascii_run_directory_in_an_ascii_locale_is_refused_before_anything_is_written(
-    tmp_path, text, monkeypatch
-):
-    for name, value in ASCII.items():
-        monkeypatch.setenv(name, value)
-    [line] = runs.finish(runs.start(tmp_path / "ü", text), REFUSED).splitlines()
-    assert line.startswith("error: the path of a run must be ASCII or UTF-8; got ")
-    assert "Set the environment variable PYTHONUTF8=1" in line
-    assert not list(tmp_path.iterdir())
-
-
 def test_generate_numbers_the_samples_of_each_prompt_in_an_ascii_locale(trained):
     argv = [sys.executable, "-m", "jaxtrain.generate", f"--run={trained}"]
     argv += ["--prompt=1 plus", "--prompt=59 é", "--samples=2", "--tokens=8"]
     pipes = {"capture_output": True, "text": True, "timeout": 240}
-    done = subprocess.run(argv, cwd=runs.ROOT, env=os.environ | ASCII, **pipes)
+    done = subprocess.run(argv, cwd=runs.ROOT, env=os.environ | runs.ASCII, **pipes)
     assert done.returncode == 0, done.stderr
     out = done.stdout + done.stderr
     assert out.count("\n1 plus") == 2 and out.count("\n59 \\xe9") == 2
@@ -341,13 +299,3 @@ def test_generate_refuses_a_tokenizer_larger_than_the_models_vocabulary(trained)
     flags = f"--run={trained}", "--tokenizer=gpt2"
     out = runs.finish(runs.fork_command("generate", *flags), REFUSED)
     assert "below model.V=256; got 50256 from gpt2. Set --tokenizer." in out
-
-
-def test_a_prompt_that_is_not_utf8_is_refused_before_the_first_step(tmp_path, text):
-    with pytest.raises(ValueError, match="Set --sample.prompt"):
-        train(config(tmp_path, text, sample__prompt="\udcff"), jax.devices()[:1], quiet=True)
-
-
-def test_evaluate_refuses_a_folder_without_a_run(tmp_path):
-    out = runs.finish(runs.fork_command("evaluate", f"--run={tmp_path}"), REFUSED)
-    assert "--run must be a run's folder" in out and "Traceback" not in out
