@@ -16,8 +16,8 @@ Commands for a job that was started:
 With --sites, a job JOB.SITE starts at each site, and JOB stands for all of them in every command.
 --for sets a flag of the program at one site.
 
---env=JAXTRAIN_NOTIFY_URL passes on the address of a webhook, which is told when a rank is stuck and
-when the job restarts, fails or is done.
+--env=JAXTRAIN_NOTIFY_URL passes on the address of a webhook. It then receives an alert when a rank
+is stuck, and when the job restarts, fails or is done.
 
 Arguments after `--` go to the program (jaxtrain.train). The exit status is the job's: 0 done, 75
 stopped after a save, 143 stopped with nothing to save, otherwise that of the root cause. The hosts
@@ -33,7 +33,7 @@ import sys
 from launch.arguments import Parser, bounded
 from launch.host.exit_codes import INTERRUPTED, STOPPED
 from launch.host.restart_policy import Policy
-from launch.host.webhook import VARIABLE, check_url
+from launch.host.webhook import VARIABLE, parse_address
 from launch.inventory import read_inventory
 from launch.job import PYTHON, TRAINER, Job, read_jobs
 from launch.operate import follow, list_jobs, status, stop
@@ -144,7 +144,7 @@ def start(args: argparse.Namespace, flags: list[str]) -> tuple[list[Job], int]:
     """Starts and follows a new job, or one at each site; returns them and the exit status."""
     code, env = read_code(args.code), read_env(args.env)
     if url := env.get(VARIABLE):
-        check_url(url, f"--env={VARIABLE}")
+        parse_address(url, f"--env={VARIABLE}")
     values = {name: getattr(args, name) for name in POLICY_HELP}
     policy = Policy(**values, lease_s=0.0 if args.detach else LEASE_S)
     record = {

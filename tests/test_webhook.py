@@ -11,7 +11,7 @@ from web_server import SECRET, Server
 from jaxtrain.config.train_config import TrainConfig, freeze, to_dict
 from jaxtrain.reporting import webhook as webhook_module
 from jaxtrain.reporting.run_logger import RunLogger
-from jaxtrain.reporting.webhook import BURST, Webhook, build_request, read_url
+from jaxtrain.reporting.webhook import BURST, Webhook, build_request, parse_address, read_url
 from jaxtrain.training.loop import Diverged
 from launch.host.restart_policy import JobController, Policy
 from launch.slo import alert_breach
@@ -56,13 +56,13 @@ def test_an_alert_arrives_with_its_event_text_and_details(server):
     ],
 )
 def test_the_format_follows_from_the_address(url, body):
-    request = build_request(url, "done", "r: it", {"step": 1})
+    request = build_request(parse_address(url, "it"), "done", "r: it", {"step": 1})
     assert json.loads(request.data) == body
     assert request.full_url == url.partition("+")[2] or "+" not in url
 
 
 def test_ntfy_receives_plain_text_with_a_title():
-    request = build_request("ntfy+http://h/topic", "stuck", "run: é", {})
+    request = build_request(parse_address("ntfy+http://h/topic", "it"), "stuck", "run: é", {})
     assert (request.data, request.get_header("Title")) == ("run: é".encode(), "jaxtrain: stuck")
 
 

@@ -9,6 +9,7 @@ Alerts are sent by a thread, so a slow or unreachable server delays nothing.
 """
 
 import collections
+import functools
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 VARIABLE = "JAXTRAIN_NOTIFY_URL"
 DEFAULT = f"env:{VARIABLE}"
@@ -66,44 +67,53 @@ def read_url(setting: str, flag: str) -> str:
             f"{shown or repr(setting)}. Export it as {VARIABLE}, for example."
         )
     if url:
-        check_url(url, f"the address in {setting} ({flag})")
+        parse_address(url, f"the address in {setting} ({flag})")
     return url
 
 
-def check_url(url: str, what: str) -> None:
-    """Raises ValueError, without the address, unless it is one of a webhook."""
+class Address(NamedTuple):
+    """A webhook's address in its parts."""
+
+    kind: str  # of its format: slack, discord, ntfy or json
+    url: str  # without the kind
+    host: str
+
+
+def parse_address(url: str, what: str) -> Address:
+    """Returns the parts of an address.
+
+    Raises:
+        ValueError: it is not that of a webhook. The error names `what` and not the address.
+    """
     match = SCHEME.fullmatch(url)
     try:
-        host = urllib.parse.urlsplit(match[2]).hostname if match else ""
-        _ = match and urllib.parse.urlsplit(match[2]).port
+        parts = urllib.parse.urlsplit(match[2]) if match else None
+        host = parts.hostname if parts and parts.port != 0 else None  # `port` raises if too large
     except ValueError:
-        host = ""
-    if not host or not url.isascii() or re.search(r"[\s\x00-\x1f\x7f]", url):
+        host = None
+    if not match or not host or not url.isascii() or re.search(r"[\s\x00-\x1f\x7f]", url):
         raise ValueError(
             f"{what} must be https://HOST/..., in one line without spaces, optionally with "
             "slack+, discord+, ntfy+ or json+ before it, which choose the format."
         )
+    return Address(match[1] or HOSTS.get(host, "json"), match[2], host)
 
 
 def build_request(
-    url: str, event: str, text: str, details: dict[str, Any]
+    address: Address, event: str, text: str, details: dict[str, Any]
 ) -> urllib.request.Request:
     """Returns the HTTP request that sends an alert in the format of the webhook's kind."""
-    match = SCHEME.fullmatch(url)
-    assert match
-    host = urllib.parse.urlsplit(match[2]).hostname or ""
-    kind = match[1] or HOSTS.get(host, "json")
     headers = {"Content-Type": "application/json", "User-Agent": "jaxtrain"}
-    if kind == "ntfy":
+    if address.kind == "ntfy":
         headers |= {"Content-Type": "text/plain; charset=utf-8", "Title": f"jaxtrain: {event}"}
         headers |= {"Priority": "default" if event == "done" else "high"}
-        return urllib.request.Request(match[2], text.encode(), headers)
+        return urllib.request.Request(address.url, text.encode(), headers)
     body = {
         "slack": {"text": text},
         "discord": {"content": text},
         "json": {"event": event, "text": text, **details},
-    }[kind]
-    return urllib.request.Request(match[2], json.dumps(body).encode(), headers)
+    }[address.kind]
+    return urllib.request.Request(address.url, json.dumps(body).encode(), headers)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -129,7 +139,8 @@ class Webhook:
     def __init__(
         self, url: str, source: str, warn: Callable[[str], object], **details: Any
     ) -> None:
-        self.url, self.source, self._warn, self.details = url, source, warn, details
+        self._address = parse_address(url, "the address of a webhook") if url else None
+        self.source, self._warn, self.details = source, warn, details
         self._waiting: collections.deque[tuple[str, str, dict]] = collections.deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -144,7 +155,7 @@ class Webhook:
         Args:
             event: what happened, in a word: diverged, stuck, restarted, straggler, breach, done.
         """
-        if not self.url:
+        if not self._address:
             return
         with self._changed:
             now = time.monotonic()
@@ -164,7 +175,8 @@ class Webhook:
             fields = {"source": self.source, "time": stamp, **self.details, **details}
             self._waiting.append((event, line, fields))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="webhook", daemon=True)
+                run = functools.partial(self._run, self._address)
+                self._thread = threading.Thread(target=run, name="webhook", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
 
@@ -182,7 +194,7 @@ class Webhook:
                 self._changed.wait(left_s)
             self._waiting.clear()
 
-    def _run(self) -> None:
+    def _run(self, address: Address) -> None:
         failing = False
         while True:
             with self._changed:
@@ -194,19 +206,17 @@ class Webhook:
                     self._changed.wait()
                 self._is_sending = True
                 alert = self._waiting.popleft()
-            reason = self._send_with_retries(*alert)
+            reason = self._send_with_retries(address, *alert)
             if reason and not failing:
-                self._warn(f"alerts do not reach {self._host()}: {reason}; training goes on")
+                self._warn(f"alerts do not reach {address.host}: {reason}; training goes on")
             failing = bool(reason)
 
-    def _host(self) -> str:
-        match = SCHEME.fullmatch(self.url)
-        return (match and urllib.parse.urlsplit(match[2]).hostname) or "the webhook"
-
-    def _send_with_retries(self, event: str, text: str, details: dict[str, Any]) -> str:
+    def _send_with_retries(
+        self, address: Address, event: str, text: str, details: dict[str, Any]
+    ) -> str:
         """Sends an alert; returns why it was given up, or "" if the server took it."""
         for pause_s in RETRY_S:
-            reason, least_s = self._send_once(event, text, details)
+            reason, least_s = self._send_once(build_request(address, event, text, details))
             if not reason or least_s is None:
                 return reason
             with self._changed:
@@ -214,16 +224,13 @@ class Webhook:
                 is_closing = self._changed.wait_for(lambda: self._is_closing, wait_s)
             if is_closing:  # `close` waits for a bounded time, so the pauses are short now
                 time.sleep(RETRY_S[0])
-        return self._send_once(event, text, details)[0]
+        return self._send_once(build_request(address, event, text, details))[0]
 
-    def _send_once(
-        self, event: str, text: str, details: dict[str, Any]
-    ) -> tuple[str, float | None]:
+    def _send_once(self, request: urllib.request.Request) -> tuple[str, float | None]:
         """Returns (why it failed, seconds to wait at least; None if another try is useless)."""
         try:
             # Built here: certificates are read from disk, which takes 20 ms.
             self._opener = self._opener or urllib.request.build_opener(_NoRedirect)
-            request = build_request(self.url, event, text, details)
             with self._opener.open(request, timeout=TIMEOUT_S) as response:
                 response.read(1024)
             return "", None
@@ -234,9 +241,8 @@ class Webhook:
                 return reason, None
             after = (error.headers or {}).get("Retry-After", "")
             return reason, min(float(after), MOST_RETRY_S) if after.isdecimal() else 0.0
-        except (
-            Exception
-        ) as error:  # its text may contain the address, so only known parts are shown
+        except Exception as error:
+            # Its text may contain the address, so only known parts of it are shown.
             cause = error.reason if isinstance(error, urllib.error.URLError) else error
             words = getattr(cause, "strerror", None) if isinstance(cause, OSError) else None
             return words or type(cause).__name__, 0.0
