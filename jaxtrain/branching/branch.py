@@ -9,8 +9,9 @@ without further flags trains exactly what the run trained after that step. --dec
 the steps before the branch, over which the rate falls to optim.final_scale of its peak. Any flag of
 `jaxtrain train` changes the config, and --steps is the last step, counted from the run's start.
 
-Other data are read from their beginning. An optimizer with another state starts anew at step 0,
-from the weights that the run is evaluated with. The run must have kept the checkpoint: train it
+If flags change the data, they are read from their beginning. If flags change the optimizer so that
+its state no longer fits, the branch starts at step 0 from the weights that the run is evaluated
+with. The run must have kept the checkpoint: train it
 with --keep_every. The same command, or `jaxtrain train` with the new folder, resumes a branch.
 """
 

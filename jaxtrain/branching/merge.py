@@ -6,10 +6,10 @@
 
 Prints the held-out loss of the average beside that of the newest of these checkpoints, on the same
 tokens. What is averaged are the weights that evaluation uses, never look-ahead points of an
-accelerated optimizer. The result is a run of its own: `jaxtrain evaluate`, `jaxtrain generate`,
-`jaxtrain export` and --weights of `jaxtrain train` read it. --weights=wsm emulates a decay of the
-learning rate over these steps, which --decay names; uniform and linear (1, 2, 3, ...) ignore the
-steps. The run must have kept the checkpoints: train it with --keep_every.
+accelerated optimizer. The result is the folder of a run, which `jaxtrain evaluate`, `jaxtrain
+generate`, `jaxtrain export` and --weights of `jaxtrain train` can read. --weights=wsm emulates a
+decay of the learning rate over these steps, which --decay names; uniform and linear (1, 2, 3, ...)
+ignore the steps. The run must have kept the checkpoints: train it with --keep_every.
 """
 
 import dataclasses

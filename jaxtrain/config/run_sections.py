@@ -111,9 +111,9 @@ class NotifyConfig(Section):
 
     url: str = knob(
         "env:JAXTRAIN_NOTIFY_URL",
-        "where the address of a webhook is, which is told when the run diverges, fails, stops or "
-        "is done, and of slow processes: env:NAME or file:PATH; empty sends nothing. Slack, "
-        "Discord, ntfy or JSON",
+        "variable (env:NAME) or file (file:PATH) that contains the address of a webhook: Slack, "
+        "Discord, ntfy or JSON. It receives an alert when the run diverges, fails, stops or is "
+        "done, and when a process becomes slow; empty sends none",
     )
 
 

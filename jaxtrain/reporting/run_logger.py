@@ -46,7 +46,7 @@ class RunLogger:
         title: of the loss curve: the first line names the run, the next lines what it trains.
             Default: the folder's name.
         export: where Prometheus metrics are served; None serves none.
-        webhook: is told how the run ends, and what `alert` is called with; None tells nobody.
+        webhook: receives the alerts; None sends none.
 
     Attributes:
         evaluated_step: step of the newest evaluation, also from before a resume; None if there is

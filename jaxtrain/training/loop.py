@@ -77,8 +77,8 @@ class Loop:
         self.first = self.saved_step = int(state.step)
         self.tracer = Tracer(self.cfg.workdir, self.first, self.cfg.steps, self.cfg.profile.steps)
         self._warned_of_noise = self._showed_time_left = False
-        # Step, its scalars on the device, and number of batches read up to it: a branch with other
-        # data, or a site that returned, has read fewer than it has steps.
+        # Step, its scalars on the device, and number of batches read up to it, which is smaller
+        # than the step in a branch with other data.
         self._in_flight: tuple[int, dict[str, Any], int] | None = None
         self._scalars: dict[str, jax.Array] = {}  # of the last step that was collected
 
