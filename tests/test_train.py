@@ -137,11 +137,29 @@ def test_the_commands_printed_after_a_run_work_and_evaluate_agrees_with_the_summ
     assert figures["eval/loss_nats"] == pytest.approx(summary["eval/loss_nats"], rel=1e-5)
 
 
-def test_trace_phases_prometheus_and_diagnosis_change_no_loss(tmp_path, text, trained):
+class Tracker:
+    """Stores what it gets."""
+
+    written, summaries = [], []
+
+    def start(self, workdir, resume_step, config):
+        assert config["config"]["steps"] == 10 and resume_step == 0
+
+    def write(self, step, time_s, metrics):
+        self.written.append({"step": step, "time": time_s} | metrics)
+
+    def finish(self, summary):
+        self.summaries.append(summary)
+
+
+def test_trace_phases_exports_and_diagnosis_change_no_loss(tmp_path, text, trained):
     values = dict(steps=10, optim__total_steps=40, sample__tokens=0, eval_tokens=256)
     extras = dict(profile__steps=2, measure__phases=True, export__port=runs.free_port())
+    extras["export__tracker"] = f"{__name__}:Tracker"
     cfg = config(tmp_path, text, **values, **extras, diagnose_every=5)
     train(cfg, jax.devices()[:1], quiet=True)
+    assert Tracker.written == runs.read_metrics(tmp_path / "metrics.jsonl")
+    assert Tracker.summaries == [json.loads((tmp_path / "summary.json").read_text())]
     assert runs.losses(tmp_path) == runs.losses(trained)[:10]
     records = runs.read_metrics(tmp_path / "metrics.jsonl")
     assert any("perf/phase_forward_backward_s" in record for record in records)
