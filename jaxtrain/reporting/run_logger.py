@@ -24,7 +24,7 @@ from jaxtrain.reporting.terminal import (
     Terminal,
     closing_lines,
     eval_text,
-    tasks_text,
+    score_texts,
 )
 from jaxtrain.reporting.tracking import TrackerThread
 from jaxtrain.reporting.webhook import Webhook
@@ -162,8 +162,8 @@ class RunLogger:
             self._terminal.show_step(step, plain)
         if EVAL_LOSS in plain:
             self.note(f"eval  step {step}  {eval_text(plain)}")
-            if tasks := tasks_text(plain):
-                self.note(f"tasks step {step}  {tasks}")
+            for label, text in score_texts(plain).items():
+                self.note(f"{label:<5} step {step}  {text}")
 
     def write_ranks(self, changes: Iterable[str], ratios: dict[str, list[float]]) -> None:
         """Prints which processes have become stragglers, or are none any more.
