@@ -1,17 +1,21 @@
-"""The plan of a ladder, and the fit of its losses."""
+"""The plan of a ladder, the fit of its losses, and one tiny ladder that is interrupted."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import runs
-from jaxtrain.ladder.__main__ import predict_first
+from jaxtrain.ladder.__main__ import check_prediction, predict_first, run_ladder
 from jaxtrain.ladder.fit import Point, _inputs, _jacobian, _log_loss, fit_losses
 from jaxtrain.ladder.plan import Cell, build_plan, size_config
 from jaxtrain.ladder.report import draw, write_result, write_table
-from jaxtrain.ladder.runs import Cost, measure_cost
+from jaxtrain.ladder.runs import Cost, check_folders, measure_cost
+from jaxtrain.metrics.jsonl import read_metrics
+from jaxtrain.run_directory.lineage import read_lineage
 
 A, B, E, ALPHA, BETA = 400.0, 900.0, 1.7, 0.35, 0.37
 
@@ -37,8 +41,9 @@ def exact():
     return fit_losses(points(), redraws=10)
 
 
-def plan(folder, predict="", **values):
-    base = runs.debug_config(folder, "text.txt", optim__warmup_steps=2)
+def plan(folder, predict="", config=(), **values):
+    config = dict(config)
+    base = runs.debug_config(folder, "text.txt", optim__warmup_steps=2, **config)
     given = {"sizes": ["32x2", "64x2", "96x3"], "horizons": [12, 24, 60], "decay": 0.2} | values
     return build_plan(base, predict=predict, folder=folder, **given)
 
@@ -101,7 +106,8 @@ def test_a_plan_that_cannot_be_fitted_is_refused(tmp_path):
         ("after the warm-up.*start at 1", {"horizons": [1, 12, 24]}),
         (r"decay must be in \(0, 1\]; got 0", {"decay": 0.0}),
         ("SIZE@HORIZON.*got '96x3'", {"predict": "96x3"}),
-        ("a cell that the fit does not use; got 64x2@24", {"predict": "64x2@24"}),
+        ("a cell that the fit does not use.*got 64x2@24", {"predict": "64x2@24"}),
+        ("or a horizon above 60; got 64x2@30", {"predict": "64x2@30"}),
     ):
         with pytest.raises(ValueError, match=match):
             plan(tmp_path, **values)
@@ -130,3 +136,84 @@ def test_the_table_the_result_and_the_picture_contain_every_point(tmp_path, exac
     result = json.loads((tmp_path / "ladder.json").read_text())
     assert result["prediction"]["measured"] == measured.loss and len(result["points"]) == 9
     assert draw(fit, stated, measured).startswith(b"\x89PNG")
+
+
+def test_a_mixture_may_change_only_before_the_first_decay(tmp_path):
+    mixed = lambda end: {
+        "data__text": "",
+        "data__mixture": "a=x b=y",
+        "data__stages": f"a 0.9, b 0.1 until {end}; a 0.25, b 0.75",
+    }
+    found = plan(tmp_path, config=mixed("2_560"))  # 10 steps of 8 x 32 tokens
+    assert found.loss_weights() == {"a": 0.25, "b": 0.75}
+    for end, got in (("2_561", "2,561 tokens"), ("80%", "80%")):
+        with pytest.raises(
+            ValueError, match=f"first decay at 2,560 tokens.*got a stage until {got}"
+        ):
+            plan(tmp_path, config=mixed(end))
+
+
+def test_a_fit_says_what_the_losses_do_not_determine():
+    same = [p._replace(loss=loss_of(10**6, p.tokens)) for p in points()]  # size has no effect
+    found = fit_losses(same, redraws=10).warnings()
+    assert any("size explains none of the loss" in text or "alpha" in text for text in found)
+    falling = [p._replace(loss=A / p.parameters**ALPHA + B / p.tokens**BETA) for p in points()]
+    assert any("best E is 0" in text for text in fit_losses(falling, redraws=10).warnings())
+
+
+def tiny(folder, **values):
+    """Returns the plan of a ladder that trains in seconds."""
+    text = folder / "text.txt"
+    text = text if text.exists() else runs.write_text(folder)
+    config = {"data__text": str(text), "optim__name": "adamw", "seed": 3}
+    config |= {"eval_tokens": 256, "save_every": 100, "compile_cache": ""} | values
+    given = {"sizes": ["16x1", "32x1", "48x1"], "horizons": [3, 6], "decay": 0.5}
+    return plan(folder / "ladder", "16x2@4", config=config, **given)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished ladder, its fit, and what it printed."""
+    folder, notes = tmp_path_factory.mktemp("ladder"), []
+    found = tiny(folder)
+    fit = run_ladder(found, 10, notes.append, jax.devices()[:1])
+    return folder, found, fit, notes
+
+
+def test_a_ladder_trains_every_cell_as_a_branch_of_one_stable_run(trained):
+    _, found, fit, notes = trained
+    assert [(p.size, p.horizon) for p in fit.points] == found.cells
+    for cell in found.all_cells:
+        lineage = read_lineage(found.branch_folder(cell))
+        assert lineage["parent"] == str(found.trunk_folder(cell.size))
+        assert lineage["step"] == found.branch_step(cell.horizon)
+    logged = [r["step"] for r in read_metrics(found.trunk_folder("16x1") / "metrics.jsonl")]
+    assert max(logged) == 4
+    text = "\n".join(notes)
+    assert text.index("16x2@4: predicted") < text.index("16x2: stable run")
+    assert {"ladder.csv", "ladder.json", "ladder.png"} <= {p.name for p in found.folder.iterdir()}
+
+
+def test_a_ladder_that_has_ended_trains_nothing_again(trained):
+    folder, found, fit, _ = trained
+    notes = []
+    again = run_ladder(tiny(folder), 10, notes.append, jax.devices()[:1])
+    assert again.points == fit.points
+    assert not [note for note in notes if "stable run" in note or "decay from" in note]
+
+
+def test_a_ladder_refuses_runs_of_another_ladder_by_the_flag(trained):
+    folder, found, _, _ = trained
+    with pytest.raises(ValueError, match="seed=3, now 4"):
+        run_ladder(tiny(folder, seed=4), 10, print, jax.devices()[:1])
+    base = found.base
+    optim = dataclasses.replace(base.optim, adam_learning_rate=0.5)
+    for match, other in (
+        ("decay=0.2; that of .*16x1@3 starts at step 2.*Set --decay", {"decay": 0.2}),
+        ("steps starts at step 3, which the stable run .*it has kept", {"horizons": [3, 5, 6]}),
+        ("optim.adam_learning_rate=.*now 0.5", {"base": dataclasses.replace(base, optim=optim)}),
+    ):
+        with pytest.raises(ValueError, match=match):
+            check_folders(found._replace(**other))
+    with pytest.raises(ValueError, match="16x2@4 was trained before this fit"):
+        check_prediction(found._replace(horizons=[3]))

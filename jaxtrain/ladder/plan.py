@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxtrain.config.mixture_fields import parse_sources, parse_stages
 from jaxtrain.config.train_config import TrainConfig, freeze, to_dict
 
 LEAST_CELLS = 6  # to fit 5 coefficients
@@ -45,9 +46,15 @@ class Plan(NamedTuple):
         """The cells that the fit uses, size by size."""
         return [Cell(size, horizon) for size in self.sizes for horizon in self.horizons]
 
-    def horizons_of(self, size: str) -> list[int]:
-        """Returns the horizons that are fitted at a size; none if it is only predicted."""
-        return self.horizons if size in self.sizes else []
+    @property
+    def all_cells(self) -> list[Cell]:
+        """The cells that the fit uses, and the one to predict."""
+        return [*self.cells, *([self.held_out] if self.held_out else [])]
+
+    @property
+    def all_sizes(self) -> list[str]:
+        """The sizes of all cells, each once."""
+        return list(dict.fromkeys(cell.size for cell in self.all_cells))
 
     def trunk_folder(self, size: str) -> Path:
         """Returns the folder of a size's stable run."""
@@ -60,6 +67,18 @@ class Plan(NamedTuple):
     def branch_step(self, horizon: int) -> int:
         """Returns the step of the stable run from which the decay to a horizon starts."""
         return round(horizon / (1 + self.decay))
+
+    def loss_weights(self) -> dict[str, float]:
+        """Returns the sources' weights in the loss: those of the last stage; {} without a mixture.
+
+        The held-out loss of a run weighs them by what that run read, which differs between
+        horizons if the mixture has stages.
+        """
+        data = self.base.data
+        if not data.mixture:
+            return {}
+        weights = parse_stages(data.stages, parse_sources(data.mixture))[-1].weights
+        return {name: float(weight) for name, weight in weights.items()}
 
     def tokens(self, horizon: int) -> int:
         """Returns the tokens that a horizon trains on."""
@@ -113,8 +132,8 @@ def build_plan(
         predict: SIZE@HORIZON, or "".
 
     Raises:
-        ValueError: a size or a horizon is invalid or repeated, there are too few, or the cell to
-            predict is one of the ladder's.
+        ValueError: a size or a horizon is invalid or repeated, there are too few, the cell to
+            predict is one of the ladder's, or the horizons would end on different mixtures.
     """
     for flag, values in (("sizes", sizes), ("horizons", horizons)):
         if len(set(values)) < max(2, len(values)):
@@ -133,9 +152,13 @@ def build_plan(
         base, optim=dataclasses.replace(base.optim, total_steps=max(horizons))
     )
     plan = Plan(base, list(sizes), sorted(horizons), decay, held_out, folder)
-    if held_out in plan.cells:
-        raise ValueError(f"--predict must be a cell that the fit does not use; got {predict}.")
-    for cell in [*plan.cells, *([held_out] if held_out else [])]:
+    if held_out and held_out.size in sizes and held_out.horizon <= plan.horizons[-1]:
+        raise ValueError(
+            f"--predict must be a cell that the fit does not use: another size, or a horizon above "
+            f"{plan.horizons[-1]}; got {predict}."
+        )
+    _check_stages(plan)
+    for cell in plan.all_cells:
         start = plan.branch_step(cell.horizon)
         if not max(1, base.optim.warmup_steps) <= start < cell.horizon:
             raise ValueError(
@@ -145,6 +168,29 @@ def build_plan(
             )
         plan.trunk_config(cell.size, start)
     return plan
+
+
+def _check_stages(plan: Plan) -> None:
+    """Raises ValueError if the horizons would train on other mixtures.
+
+    The fit assumes that a longer horizon has only more tokens of the same kind.
+    """
+    data = plan.base.data
+    if not data.mixture:
+        return
+    first = plan.tokens(min(plan.branch_step(cell.horizon) for cell in plan.all_cells))
+    for stage in parse_stages(data.stages, parse_sources(data.mixture))[:-1]:
+        if stage.tokens is None or stage.tokens > first:
+            end = (
+                f"{stage.tokens:,} tokens"
+                if stage.tokens
+                else f"{float(100 * (stage.share or 0)):.3g}%"
+            )
+            raise ValueError(
+                f"every stage of data.stages but the last must end, in tokens, before the first "
+                f"decay at {first:,} tokens, so that all horizons end on the same mixture; got a "
+                f"stage until {end}. Set --data.stages or --horizons."
+            )
 
 
 def _parse_cell(text: str) -> Cell:

@@ -39,6 +39,7 @@ def describe_fit(fit: Fit) -> dict[str, Any]:
         "redraws": len(fit.draws),
         "coefficients": fit.table(LEVEL),
         "worst_relative_residual": float(np.expm1(fit.worst_residual())),
+        "warnings": fit.warnings(),
         "points": [point._asdict() for point in fit.points],
     }
 
@@ -85,7 +86,7 @@ def format_fit(fit: Fit) -> list[str]:
         row = rows[name]
         lines.append(f"  {name:<5}  {row['value']:10.4g}  [{row['low']:.4g}, {row['high']:.4g}]")
     lines.append(f"largest residual {np.expm1(fit.worst_residual()):.2%} of the loss")
-    return lines
+    return [*lines, *(f"note: {text}" for text in fit.warnings())]
 
 
 def format_check(prediction: dict[str, Any], measured: Point) -> str:
