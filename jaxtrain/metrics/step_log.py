@@ -2,9 +2,9 @@
 
 A line is {"step", "time" (UTC s), "perf/step_time_s", "data/wait_s"}. With several hosts it also
 has {"comm/wire_sent_bytes", "comm/wire_received_bytes"}, and the first step after a start, and of
-another batch size, has {"first": true}. An outlier adds a line {"step", "time", "event": "outlier", "perf/step_time_s",
-"cause"}, and a probe of jaxtrain.metrics.rank_watch one with the event "probe". Lines are buffered
-until flush(), so that a step costs no system call.
+another batch size, has {"first": true}. An outlier adds a line {"step", "time", "event": "outlier",
+"perf/step_time_s", "cause"}, and a probe of jaxtrain.metrics.rank_watch one with the event "probe".
+Lines are buffered until flush(), so that a step costs no system call.
 """
 
 import gc
@@ -148,7 +148,8 @@ class StepLog:
 def read_step_times(path: Path) -> dict[int, float]:
     """Returns {step: seconds} of a hosts/N.jsonl, without those that have "first".
 
-    The first step after a start includes work that the device does only once.
+    These are the first after each start and of each batch size, which include work that the device
+    does only once.
 
     Raises:
         OSError: the file cannot be read.

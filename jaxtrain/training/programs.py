@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 
 from jaxtrain.config.batch_schedule import BatchSchedule
-from jaxtrain.config.train_config import TrainConfig
+from jaxtrain.config.train_config import DataConfig, TrainConfig
 from jaxtrain.metrics.mfu import StepWork, build_work
 from jaxtrain.optim.batch_scaling import rate_factor
 from jaxtrain.optim.build import peak_rates
@@ -128,6 +128,21 @@ def compile_programs(
         rates = scaled_rates(run.cfg, run, size)
         by_size[size] = Program(sized, step, diagnosis, rates, work)
     return Programs(sizes, by_size, steps_s, diagnoses_s)
+
+
+def batch_phases(data: DataConfig) -> dict[str, list[dict[str, int]]]:
+    """Returns the entry of config.json on steps of different sizes; {} without a schedule.
+
+    "step" is the first step of a size, counted from 1.
+    """
+    if not data.batch_schedule:
+        return {}
+    return {
+        "batch_phases": [
+            {"step": p.first + 1, "sequences": p.sequences, "tokens": p.sequences * data.seq_len}
+            for p in data.sizes.phases
+        ]
+    }
 
 
 def schedule_lines(cfg: TrainConfig, first: int = 0) -> Iterator[tuple[str, str]]:

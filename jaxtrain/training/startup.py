@@ -33,7 +33,7 @@ from jaxtrain.optim.preconditioner_cost import ROTATIONS, owner_imbalance
 from jaxtrain.optim.sharded_muon import load_imbalance
 from jaxtrain.run_directory.lineage import KEY, read_branch, read_lineage
 from jaxtrain.training.evaluation import Evaluator
-from jaxtrain.training.programs import schedule_lines
+from jaxtrain.training.programs import batch_phases, schedule_lines
 from jaxtrain.training.run import Run
 
 ROOT = Path(__file__).parents[2]
@@ -222,7 +222,7 @@ def build_config_json(
         "hosts": hosts or [socket.gethostname()],
         "site": site,
         "chip": chip_dict(find_device_chip(device)),
-        "work": work and work.as_dict(),
+        "work": work and work.as_dict() | batch_phases(run.cfg.data),
         "routes": {name: str(route) for name, route in run.routes.items()},
         "tuning": _describe_tuning(run),
         "notes": machine_notes(run),
