@@ -12,6 +12,8 @@ from jaxtrain.config.train_config import (
     TrainConfig,
     config_hash,
 )
+from jaxtrain.distributed.cluster import World
+from jaxtrain.distributed.runtime import fit_config_to_world
 from jaxtrain.optim.batch_scaling import rate_factor
 from jaxtrain.training.programs import schedule_lines, size_config
 
@@ -85,6 +87,14 @@ def test_the_steps_of_each_size_keep_the_microbatch_and_scale_the_rates():
     ]
     factors = {name: rate_factor(name, 32, 8) for name in ("sqrt", "linear", "none")}
     assert factors == {"sqrt": 2, "linear": 4, "none": 1}
+
+
+def test_with_fewer_processes_every_size_is_a_whole_number_of_smaller_microbatches():
+    plain = TrainConfig(accumulation=2, data=DataConfig(batch=48))
+    growing = dataclasses.replace(plain, data=DataConfig(batch=48, batch_schedule="0:24 1e6:48"))
+    world = World("flags", "", 3, 0, None, planned=4)  # of the 8 devices of a test
+    assert fit_config_to_world(plain, world).accumulation == 3  # microbatches of 16
+    assert fit_config_to_world(growing, world).accumulation == 6  # of 8, which divides 24, too
 
 
 def test_only_a_schedule_changes_the_hash_of_a_config():
