@@ -23,6 +23,9 @@ How to read the output:
     speed-up          with --compare: relative to the first chip. `per peak FLOP/s` and `per peak
                       byte/s` divide it by the ratio of the two chips' datasheet peaks
 
+With --data.batch_schedule the plan is that of the largest size, with a table of all sizes; --fit
+and --compare plan steps of data.batch sequences.
+
 Without --calibrated nothing is measured. The exit status is 1 if the config does not fit. Compiling
 needs the extra `offline` but no GPU; --formula needs neither and estimates the memory only.
 """
@@ -49,6 +52,7 @@ from jaxtrain.planning.chip_comparison import compare_chips, print_shipped_confi
 from jaxtrain.planning.compiled import compile_plan  # noqa: E402
 from jaxtrain.planning.hardware import Hardware, build_hardware  # noqa: E402
 from jaxtrain.planning.sites import plan_sites  # noqa: E402
+from jaxtrain.training.programs import size_config  # noqa: E402
 from pallas_kernels.chip import find_chip  # noqa: E402
 
 CACHE = Path("runs/plans")
@@ -77,14 +81,20 @@ def smallest_change(cfg: TrainConfig, hardware: Hardware, cache: str) -> str:
 def print_plan(cfg: TrainConfig, hardware: Hardware, args: flags.FlagValues) -> int:
     """Compiles one setting and prints its plan; returns the exit status."""
     calibration = read_calibration(args.calibrated, hardware.chip) if args.calibrated else None
-    plan = compile_plan(cfg, hardware)
+    sizes = sorted({phase.sequences for phase in cfg.data.sizes.phases}, reverse=True)
+    plans = [compile_plan(size_config(cfg, size), hardware) for size in sizes]
+    plan = plans[0]
     if args.json:
         figures = render.plan_dict(plan)
+        if cfg.data.batch_schedule:
+            figures["sizes"] = render.sizes_dict(plans)
         if calibration:
             figures["calibrated"] = render.calibrated_dict(plan, calibration)
         print(json.dumps(figures))
     else:
         print("\n".join(render.plan_lines(plan)), flush=True)
+        if cfg.data.batch_schedule:
+            print("\n".join(render.sizes_lines(plans)))
         if calibration:
             print(render.calibrated_line(plan, calibration))
         change = "" if plan.memory.fits else smallest_change(cfg, hardware, args.cache)

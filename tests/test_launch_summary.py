@@ -133,7 +133,7 @@ def test_the_trainers_closing_lines_and_the_page_show_the_same_step_times_and_ra
     lines = [line | {"first": True} if line["step"] in (1, 21) else line for line in lines]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     tokens = 512 * 1_024
-    figures = step_time_metrics(read_step_times(path), tokens, 8)
+    figures = step_time_metrics([*read_step_times(path).values()], tokens, 8)
     closing = closing_lines({"step": 40, "steps": 40} | figures)
     assert words_of(closing) == words_of_page(read_run(folder))
     assert figures["perf/step_time_p99_s"] < 1 and len(read_step_times(path)) == 38

@@ -36,6 +36,8 @@ class MixedCorpus:
     starts: tuple[int, ...]  # of the stages, in places
     places: int  # sequences that the whole run reads
     limits: dict[str, Fraction]  # most epochs of a source; no entry: no limit
+    start_steps: tuple[int, ...]  # steps before each stage
+    steps: int  # of the run
 
     @property
     def fingerprint(self) -> str:
@@ -94,6 +96,8 @@ class _Plan(NamedTuple):
     starts: tuple[int, ...]
     places: int
     limits: dict[str, Fraction]
+    start_steps: tuple[int, ...]
+    steps: int
 
 
 def open_split(
@@ -180,17 +184,17 @@ def _plan_stages(cfg: DataConfig, steps: int) -> _Plan:
     starts = [0]
     for i, stage in enumerate(stages[:-1], start=1):
         if stage.share is not None:
-            end = round(stage.share * steps)
+            starts.append(round(stage.share * steps))
         else:
-            end = round(Fraction(stage.tokens or 0, cfg.batch * cfg.seq_len))
-        starts.append(end * cfg.batch)
+            starts.append(cfg.sizes.step_at(Fraction(stage.tokens or 0, cfg.seq_len)))
         if starts[-1] <= starts[-2]:
             raise ValueError(
                 f"data.stages must have stages of at least one step; got stage {i}, which ends "
-                f"after step {end} and starts after step {starts[-2] // cfg.batch} of {steps}. Set "
+                f"after step {starts[-1]} and starts after step {starts[-2]} of {steps}. Set "
                 "--data.stages or --steps."
             )
-    return _Plan(stages, tuple(starts), steps * cfg.batch, limits)
+    places = tuple(cfg.sizes.sequences_before(step) for step in starts)
+    return _Plan(stages, places, cfg.sizes.sequences_before(steps), limits, tuple(starts), steps)
 
 
 def _check_tokenizers(sources: dict[str, Corpus]) -> None:

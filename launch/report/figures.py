@@ -45,7 +45,8 @@ def progress(run: RunFolder) -> str:
     steps = run.settings["steps"]
     text = f"{run.step} of {steps}"
     if run.state == "running" and run.seconds and type(steps) is int:
-        steps_s = (steps - run.step) * fmean(run.seconds)
+        tokens = run.step_tokens.before(steps + 1) - run.step_tokens.before(run.step + 1)
+        steps_s = tokens / run.figures["perf/tokens_per_s"]
         text += f", {duration(steps_s / (run.figures.get(GOODPUT) or 1.0))} left"
     return text
 
