@@ -48,7 +48,7 @@ from jaxtrain.distributed.program import run_main
 from jaxtrain.distributed.runtime import fit_config_to_world, start_runtime
 from jaxtrain.interop.initial_state import check_weights, initial_state
 from jaxtrain.metrics.collector import Collector
-from jaxtrain.metrics.mfu import build_work, find_device_chip
+from jaxtrain.metrics.mfu import find_device_chip
 from jaxtrain.metrics.network import open_network_counters
 from jaxtrain.metrics.step_log import StepLog
 from jaxtrain.ops.precision import resolve_dtype
@@ -58,14 +58,14 @@ from jaxtrain.run_directory.contents import is_finished
 from jaxtrain.run_directory.lock import RunLock
 from jaxtrain.sites.rounds import Rounds
 from jaxtrain.sites.start import Membership, check_sites_flags, open_rounds, read_membership
-from jaxtrain.training.diagnostic_step import compile_diagnosis
 from jaxtrain.training.evaluation import Evaluator
 from jaxtrain.training.finish import SAMPLE_FLAG, finish_run
 from jaxtrain.training.loop import Diverged, Loop
 from jaxtrain.training.mixture_report import mixture_lines
-from jaxtrain.training.reports import open_logger, open_webhook
+from jaxtrain.training.programs import Programs, compile_programs
+from jaxtrain.training.reports import open_logger, open_tracker, open_webhook
 from jaxtrain.training.resume import start_state
-from jaxtrain.training.run import Run, build_run, compile_step
+from jaxtrain.training.run import Run, build_run
 from jaxtrain.training.sampling import decode_shell_text
 from jaxtrain.training.startup import (
     build_config_json,
@@ -73,7 +73,7 @@ from jaxtrain.training.startup import (
     measurement_lines,
     startup_lines,
 )
-from jaxtrain.training.step import Step, state_sharding_tree
+from jaxtrain.training.step import state_sharding_tree
 
 
 def train(
@@ -107,7 +107,7 @@ def train(
     cfg, reason = resolve_dtype(cfg, (devices or jax.devices())[0], cfg.workdir)
     check_source(cfg.data, cfg.model.V)
     decode_shell_text(cfg.sample.prompt, SAMPLE_FLAG)
-    webhook = open_webhook(cfg, quiet)
+    webhook, tracker = open_webhook(cfg, quiet), open_tracker(cfg)
 
     # Mesh, kernel routes, model, loss and optimizer; no array is allocated yet.
     run = build_run(cfg, devices)
@@ -142,7 +142,7 @@ def train(
 
         # Logging: the start-up lines, config.json and the metrics files.
         stack.enter_context(checkpoints.add_newest_step_to_errors())
-        logger = stack.enter_context(open_logger(run, first, quiet, webhook))
+        logger = stack.enter_context(open_logger(run, first, quiet, webhook, tracker))
         hosts = gather_texts(socket.gethostname())
         lines = startup_lines(run, corpus, checkpoints, restored, reason, evaluator)
         logger.print_header([*lines, *mixture_lines(corpus, batches)])
@@ -154,26 +154,27 @@ def train(
         logger.write_config(build_config_json(run, corpus, hosts, site=place))
         log = run_on_all_processes(lambda: StepLog(workdir, jax.process_index(), first))
 
-        # Step: compiled once, ahead of time; a call with other shapes is an error, not a recompile.
-        step, diagnosis = compile_steps(run, logger, stop, first)
+        # Steps: compiled ahead of time; a call with other shapes is an error, not a recompile.
+        programs = compile_steps(run, logger, stop, first, hosts)
 
         # Measurements: what a step computes and moves, and the counters of this process.
-        work = build_work(run.cfg, run.parameters, run.mesh, step.compiled, hosts)
+        work = programs.at(first + 1).work
         chip = find_device_chip(run.mesh.devices.flat[0])
-        collector = Collector(work, chip, log, open_network_counters(hosts), checkpoints.is_saving)
+        counters, tokens_of = open_network_counters(hosts), cfg.data.tokens_of
+        collector = Collector(work, chip, log, counters, checkpoints.is_saving, tokens_of)
         stack.enter_context(collector)
         collector.watch_ranks(cfg.measure, hosts, first)
         logger.write_config(build_config_json(run, corpus, hosts, work, collector, place))
         logger.print_header(measurement_lines(run, work, collector))
 
         # Loop: batch, step, log, evaluate, save; then a last evaluation, a sample, the summary.
-        parts = step, diagnosis, batches, evaluator, checkpoints, logger, collector, rounds
+        parts = programs, batches, evaluator, checkpoints, logger, collector, rounds
         loop = Loop(run, state, *parts)
         del state  # the first step donates its buffers
         stack.enter_context(stop)
-        compile_s = step.compile_s + (diagnosis.compile_s if diagnosis else 0.0)
-        start_s = time.perf_counter() - started_s - compile_s
-        collector.start({"start": start_s, "compile": compile_s, "restart": logger.removed_s})
+        start_s = time.perf_counter() - started_s - programs.compile_s
+        before_s = {"start": start_s, "compile": programs.compile_s}
+        collector.start(before_s | {"restart": logger.removed_s})
         return finish_run(loop, corpus, loop.run_to_end(stop))
 
 
@@ -199,18 +200,14 @@ def join_sites(
 
 
 def compile_steps(
-    run: Run, logger: RunLogger, stop: StopListener, first: int
-) -> tuple[Step, Step | None]:
-    """Compiles the step, and the diagnosis if the config asks for one."""
+    run: Run, logger: RunLogger, stop: StopListener, first: int, hosts: Sequence[str]
+) -> Programs:
+    """Compiles the step for each batch size, and the diagnosis if the config asks for one."""
     beat("compile", first)
     stop.set_activity("compiling the step")
-    step = compile_step(run)
-    logger.note(f"compiled in {step.compile_s:.1f} s")
-    logger.write(first, {"perf/compile_time_s": step.compile_s})
-    diagnosis = compile_diagnosis(run) if run.cfg.diagnose_every else None
-    if diagnosis:
-        logger.note(f"diagnosis compiled in {diagnosis.compile_s:.1f} s")
-    return step, diagnosis
+    programs = compile_programs(run, first, hosts, logger.note)
+    logger.write(first, {"perf/compile_time_s": programs.steps_compile_s})
+    return programs
 
 
 @contextlib.contextmanager

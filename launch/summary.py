@@ -8,7 +8,8 @@
 The page is one file without scripts or external resources, and is readable on a phone. A job's run
 directory is the one that the trainer named at its start; its files are copied into the job's local
 folder. A job at several sites has a column for each. Branches and averages of a run in the same
-folder as the run are drawn as a tree.
+folder as the run are drawn as a tree. The gradient noise that a run has measured with
+--diagnose_every proposes its next data.batch_schedule.
 """
 
 import argparse
@@ -22,7 +23,8 @@ from launch.arguments import Parser, bounded
 from launch.host.exit_codes import INTERRUPTED
 from launch.host.files import write_text
 from launch.pull import RunCopy, Source, fetch, find_sources
-from launch.report.figures import latest, spark, table_of
+from launch.report.batch_sizes import describe_proposals, propose_schedule
+from launch.report.figures import latest, newest_scores, spark, table_of
 from launch.report.lineage import describe_lineage
 from launch.report.page import page
 from launch.report.run_folder import EVAL_LOSS, LOSS, NoRun, RunFolder, read_run
@@ -46,7 +48,7 @@ def table(runs: list[RunFolder]) -> str:
         curve = spark([value for _, value in run.points(LOSS)])
         steps = spark(run.seconds)
         lines += [f"{run.name}: loss {curve}", f"{run.name}: step time {steps}"]
-    lines += describe_lineage(runs)
+    lines += describe_lineage(runs) + describe_proposals(runs)
     return "\n".join(lines)
 
 
@@ -64,8 +66,10 @@ def as_json(run: RunFolder) -> dict:
         "state": run.state,
         "step": run.step,
         "lineage": run.config.get("lineage"),
+        "proposed_batch_schedule": propose_schedule(run) or None,
         "lost_s": run.lost_s,
         **{metric: value for metric, value in last.items() if value is not None},
+        **newest_scores(run),
         **run.figures,
     }
 

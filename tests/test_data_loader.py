@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxtrain.config.batch_schedule import parse_schedule
 from jaxtrain.config.train_config import DataConfig, MeshConfig
 from jaxtrain.data.batch_source import BatchSource, epoch_order
 from jaxtrain.data.corpus import open_corpus
@@ -109,10 +110,15 @@ def test_batches_are_the_same_on_every_mesh(options, shape, folder):
 def test_the_parts_that_processes_read_make_up_the_batch(processes, folder):
     rows = WindowSequences(open_split(folder)[1], T)
     order = epoch_order(len(rows), 3)
-    whole = BatchSource(rows, B, order, np.arange(B), True)
-    places = np.split(np.arange(B), processes)
-    parts = [BatchSource(rows, B, order, part, True) for part in places]
-    for step in (0, 1, len(rows) // B, 10_000):
+    sizes = parse_schedule("0:8 256:16", B, T)  # 8 sequences in the first two steps
+    whole = BatchSource(rows, sizes, order, {n: np.arange(n) for n in (B, 2 * B)}, True)
+    split = {n: np.split(np.arange(n), processes) for n in (B, 2 * B)}
+    parts = [
+        BatchSource(rows, sizes, order, {n: split[n][i] for n in split}, True)
+        for i in range(processes)
+    ]
+    for step in (0, 1, 2, len(rows) // B, 10_000):
+        assert len(whole[step]["tokens"]) == (B if step < 2 else 2 * B)
         joined = {k: np.concatenate([p[step][k] for p in parts]) for k in whole[step]}
         assert equal([whole[step]], [joined])
 
@@ -201,7 +207,8 @@ class Numbers:
 @pytest.mark.parametrize("n", [7, 5_000])
 def test_batches_follow_the_permutation_of_each_epoch_in_any_order_of_reading(n):
     steps = -(-3 * n // B) + 2
-    source = BatchSource(Numbers(n), B, epoch_order(n, 3), np.arange(B), False)
+    sizes = parse_schedule("", B, T)
+    source = BatchSource(Numbers(n), sizes, epoch_order(n, 3), {B: np.arange(B)}, False)
     got = np.concatenate([source[step]["tokens"] for step in range(steps)])
     expected = [permute(np.arange(n), n, 3, epoch) for epoch in range(1 + steps * B // n)]
     assert (got == np.concatenate(expected)[: steps * B]).all()

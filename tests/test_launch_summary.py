@@ -133,7 +133,7 @@ def test_the_trainers_closing_lines_and_the_page_show_the_same_step_times_and_ra
     lines = [line | {"first": True} if line["step"] in (1, 21) else line for line in lines]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     tokens = 512 * 1_024
-    figures = step_time_metrics(read_step_times(path), tokens, 8)
+    figures = step_time_metrics([*read_step_times(path).values()], tokens, 8)
     closing = closing_lines({"step": 40, "steps": 40} | figures)
     assert words_of(closing) == words_of_page(read_run(folder))
     assert figures["perf/step_time_p99_s"] < 1 and len(read_step_times(path)) == 38
@@ -150,6 +150,27 @@ def words_of_page(run):
     rows = dict(rows_of(run))
     names = ("step p50", "step p95", "step p99", "tokens/s, in steps")
     return tuple(rows[name].replace("\u202f", " ") for name in names)
+
+
+def test_the_newest_scores_of_tasks_and_held_out_texts_are_rows_and_figures(tmp_path):
+    folder = write_run(tmp_path / "run", series(20))
+    for step, accuracy in ((10, 0.1), (20, 0.2712)):
+        line = {"step": step, "time": 1.7e9 + step, "eval/loss_nats": 3.0, "eval/tokens": 9}
+        line |= {"eval/arc_accuracy": accuracy, "eval/arc_accuracy_stderr": 0.019}
+        line |= {"eval/arc_accuracy_norm": 0.5, "eval/words_accuracy": 1.0}
+        line |= {
+            "eval/web_loss_nats": 2.5,
+            "eval/web_bits_per_byte": 1.25,
+            "eval/nan_loss_nats": "nan",
+        }
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+    rows = dict(rows_of(run := read_run(folder)))
+    assert rows["arc, accuracy"] == "27.1 ± 1.9 %" and rows["words, accuracy"] == "100.0 %"
+    assert rows["web, held-out nats"] == "2.5000" and rows["web, bits/byte"] == "1.2500"
+    assert not [name for name in rows if name.startswith(("nan", "arc_accuracy"))]
+    assert summary.as_json(run)["eval/arc_accuracy_norm"] == 0.5
+    assert "27.1 ± 1.9 %" in page([run])
 
 
 def test_figures_that_were_not_measured_are_not_shown(runs):

@@ -24,6 +24,7 @@ training
 interop planning
 train evaluate generate plan profile doctor
 branching crosscheck study
+ladder
 benchmarks bench cli __main__
 """
 LAYER = {name: i for i, line in enumerate(LAYERS.strip().split("\n")) for name in line.split()}

@@ -171,10 +171,28 @@ def test_the_commands_printed_after_a_run_work_in_an_ascii_locale_too(trained):
             check_generate(done.stdout + done.stderr)
 
 
-def test_trace_phases_prometheus_and_diagnosis_change_no_loss(tmp_path, text, plain):
+class Tracker:
+    """Stores what it gets."""
+
+    written, summaries = [], []
+
+    def start(self, workdir, resume_step, config):
+        assert config["config"]["steps"] == 10 and resume_step == 0
+
+    def write(self, step, time_s, metrics):
+        self.written.append({"step": step, "time": time_s} | metrics)
+
+    def finish(self, summary):
+        self.summaries.append(summary)
+
+
+def test_trace_phases_exports_and_diagnosis_change_no_loss(tmp_path, text, plain):
     extras = dict(profile__steps=2, measure__phases=True, export__port=runs.free_port())
+    extras["export__tracker"] = f"{__name__}:Tracker"
     cfg = config(tmp_path, text, **PLAIN, **extras, eval_tokens=256, diagnose_every=5)
     train(cfg, jax.devices()[:1], quiet=True)
+    assert Tracker.written == runs.read_metrics(tmp_path / "metrics.jsonl")
+    assert Tracker.summaries == [json.loads((tmp_path / "summary.json").read_text())]
     assert runs.losses(tmp_path) == runs.losses(plain)
     records = runs.read_metrics(tmp_path / "metrics.jsonl")
     assert any("perf/phase_forward_backward_s" in record for record in records)

@@ -15,6 +15,7 @@ from jaxtrain.metrics.mfu import StepWork
 from jaxtrain.metrics.step_log import StepLog
 from jaxtrain.reporting.run_logger import EVAL_LOSS, RunLogger
 from jaxtrain.training.loop import Loop
+from jaxtrain.training.programs import Program, Programs
 from jaxtrain.training.run import build_run
 from jaxtrain.training.step import TrainState
 
@@ -83,7 +84,10 @@ def run_loop(workdir, figures, first=0, w=1.0, build=Steps, quiet=True, **values
         StopListener() as stop,
         Collector(work, None, StepLog(workdir, 0, first), None, checkpoints.is_saving) as measure,
     ):
-        loop = Watched(run, state, steps, None, steps, None, checkpoints, report, measure)
+        programs = Programs(
+            run.cfg.data.sizes, {run.cfg.data.batch: Program(run, steps, None, {}, work)}
+        )
+        loop = Watched(run, state, programs, steps, None, checkpoints, report, measure)
         measure.start({})
         loop.run_to_end(stop)
         return loop, checkpoints.steps()

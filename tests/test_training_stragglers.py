@@ -32,6 +32,7 @@ PROGRAM = """
     from jaxtrain.metrics.step_log import StepLog
     from jaxtrain.reporting.run_logger import RunLogger
     from jaxtrain.training.loop import Loop
+    from jaxtrain.training.programs import Program, Programs
     from jaxtrain.training.run import build_run
     from jaxtrain.training.step import TrainState
 
@@ -76,7 +77,9 @@ PROGRAM = """
             Collector(work, None, StepLog(folder, int(process)), None, lambda: False) as collector,
         ):
             collector.watch_ranks(cfg.measure, gather_texts("h" + process), 0)
-            parts = state, step, None, Batches(), None, None, logger, collector
+            program = Program(run, step, None, {}, work)
+            programs = Programs(cfg.data.sizes, {cfg.data.batch: program})
+            parts = state, programs, Batches(), None, None, logger, collector
             loop = Loop(run._replace(cfg=cfg), *parts)
             loop.saved_step = cfg.steps  # nothing is saved
             collector.start({})

@@ -91,4 +91,8 @@ def count_from_zero(cfg: TrainConfig, at: int) -> TrainConfig:
         decay_steps = round(optim.decay_fraction * cfg.optim.total_steps)
         share = min(decay_steps / total, 1.0)
         optim = dataclasses.replace(optim, decay_fraction=share)
-    return dataclasses.replace(cfg, steps=cfg.steps - at, optim=optim)
+    data = cfg.data
+    if data.batch_schedule:  # the sizes of its steps stay as they are
+        text = data.sizes.from_step(at).write(data.seq_len)
+        data = dataclasses.replace(data, batch_schedule=text)
+    return dataclasses.replace(cfg, steps=cfg.steps - at, optim=optim, data=data)

@@ -54,6 +54,7 @@ COMMANDS = (
     Command("plan", "jaxtrain.plan", "plan", "predict memory and time on any GPU"),
     Command("bench", "jaxtrain.bench", "plan", "time against PyTorch and hardware limits", "main"),
     Command("study", "jaxtrain.study", "plan", "compare optimizers on equal terms"),
+    Command("ladder", "jaxtrain.ladder", "plan", "fit the loss over sizes and horizons"),
     Command("launch", "launch.run", "hosts", "train on several hosts over SSH", "main"),
     Command("slo", "launch.slo", "hosts", "compare runs with a baseline; price tokens", "main"),
     Command("doctor", "jaxtrain.doctor", "check", "check that this machine can train", "main"),

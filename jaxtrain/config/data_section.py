@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtrain.config.batch_schedule import BatchSchedule, parse_schedule
 from jaxtrain.config.fields import Section, knob
 from jaxtrain.config.mixture_fields import parse_epochs, parse_sources, parse_stages
 
@@ -39,6 +40,12 @@ class DataConfig(Section):
     tokenizer: str = knob("bytes", "'bytes', 'gpt2' or the path of a tokenizer.json")
     val_fraction: float = knob(0.05, "held-out fraction of data.text", low=0.0, high=0.5)
     batch: int = knob(8, "sequences per step, on all devices together", unit="sequences", low=1)
+    batch_schedule: str = knob(
+        "",
+        "sequences per step by the tokens so far: '0:128 2e8:256' begins with 128 and has 256 from "
+        "the first step at or after 2e8 tokens; data.batch / accumulation then is the microbatch, "
+        "and the rates are those of data.batch, see optim.batch_scaling; empty keeps data.batch",
+    )
     seq_len: int = knob(256, "length of each sequence", unit="tokens", low=1)
     pack: bool = knob(False, "fit whole documents into sequences instead of cutting them")
     document_mask: bool = knob(False, "mask attention between different documents of a sequence")
@@ -51,6 +58,7 @@ class DataConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
+        self._read("batch_schedule", lambda: self.sizes)
         if not self.mixture:
             for name in ("stages", "max_epochs"):
                 if getattr(self, name):
@@ -62,6 +70,19 @@ class DataConfig(Section):
         sources = self._read("mixture", lambda: parse_sources(self.mixture))
         self._read("stages", lambda: parse_stages(self.stages, sources))
         self._read("max_epochs", lambda: parse_epochs(self.max_epochs, sources))
+
+    @property
+    def sizes(self) -> BatchSchedule:
+        """The number of sequences of each step."""
+        return parse_schedule(self.batch_schedule, self.batch, self.seq_len)
+
+    def tokens_before(self, step: int) -> int:
+        """Returns the tokens of all steps before this one, counted from 0."""
+        return self.sizes.sequences_before(step) * self.seq_len
+
+    def tokens_of(self, step: int) -> int:
+        """Returns the tokens of a step, counted from 1."""
+        return self.sizes.sequences(step - 1) * self.seq_len
 
     def _read(self, name: str, parse: Callable[[], Any]) -> Any:
         """Returns what a field's text stands for; raises ValueError with its flag and value."""

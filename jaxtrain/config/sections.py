@@ -204,6 +204,12 @@ class OptimConfig(Section):
         "wsd", "learning-rate schedule after warm-up", choices=("wsd", "cosine", "constant")
     )
     warmup_steps: int = knob(10, "steps of linear rise from 0 to the peak", unit="steps", low=0)
+    batch_scaling: str = knob(
+        "sqrt",
+        "how data.batch_schedule scales all rates in a step of other than data.batch sequences: by "
+        "the ratio's square root, by the ratio (linear), or not at all",
+        choices=("sqrt", "linear", "none"),
+    )
     noise_scale: float = knob(
         0.0,
         "scale of heavy-tailed gradient noise, relative to the first gradient's RMS",

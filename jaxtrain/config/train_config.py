@@ -37,7 +37,7 @@ from jaxtrain.config.sections import (
 )
 
 NOT_MATRICES = ("embed", "positions", "head")  # names in model.init_std that are no hidden matrices
-MAX_FIELDS = 159  # a test enforces it
+MAX_FIELDS = 162  # a test enforces it
 # Fields, or sections, that may differ between the sites of a job: those of one machine, and numbers
 # of steps, because a faster site takes more of them in the same time.
 SITE_FIELDS = (
@@ -156,6 +156,8 @@ class TrainConfig(Section):
             model.fail("init_std", f"{reason} that keeps a norm of 0 never moves")
         if data.batch % self.accumulation:
             data.fail("batch", f"must be a multiple of accumulation={self.accumulation}")
+        if data.batch_schedule:
+            self._check_batch_schedule()
         if [self.mesh.replica, self.mesh.fsdp, self.mesh.tensor].count(-1) > 1:
             self.mesh.fail("fsdp", "may be -1 only if no other axis is")
         for name in ("replica", "fsdp", "tensor"):
@@ -163,6 +165,21 @@ class TrainConfig(Section):
                 self.mesh.fail(name, "must be positive or -1")
         if self.sites.period:
             self._check_sites()
+
+    @property
+    def microbatch(self) -> int:
+        """The number of sequences that a step computes at once, on all devices together."""
+        return self.data.batch // self.accumulation
+
+    def _check_batch_schedule(self) -> None:
+        """Raises ValueError if a size is not a whole number of microbatches."""
+        for phase in self.data.sizes.phases:
+            if phase.sequences % self.microbatch:
+                reason = f"must have multiples of data.batch / accumulation = {self.microbatch}"
+                self.data.fail("batch_schedule", f"{reason}, unlike {phase.sequences}")
+        if self.sites.period:
+            reason = "must be empty with sites.period: sites count their steps by equal sizes"
+            self.data.fail("batch_schedule", reason)
 
     def _check_sites(self) -> None:
         """Raises ValueError if several sites could not train together with this config."""
@@ -255,8 +272,9 @@ def config_hash(config: TrainConfig) -> str:
 
     Fields that set where results are written, or what is measured, are left out.
     """
-    # Without several sites or sources, the hash is what it was before there were any.
+    # Without several sites, sources or sizes, the hash is what it was before there were any.
     unused = [] if config.sites.period else ["sites."]
+    unused += [] if config.data.batch_schedule else ["data.batch_schedule", "optim.batch_scaling"]
     unused += [] if config.data.mixture else ["data.mixture", "data.stages", "data.max_epochs"]
     reports = ("eval.", "measure.", "profile.", "export.", "notify.")
     return _hash(config, "checkpoint.storage", *reports, *unused)

@@ -34,6 +34,8 @@ def resolve_config(config: Any, steps: int, precision: str | None) -> TrainConfi
         if config.optim.ns_form != "torch":  # torch.optim.Muon's type does not follow the model's
             config.optim.ns_dtype = precision
     cfg = config_lib.freeze(config)
+    if cfg.data.batch_schedule:
+        cfg.data.fail("batch_schedule", "must be empty here: all steps must have the same size")
     start_runtime(cfg)
     cfg, _ = resolve_dtype(cfg, jax.devices()[0])
     Path(cfg.workdir).mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,12 @@
 """Grain's data source: the part of batch n that one process reads, for any n."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
+from jaxtrain.config.batch_schedule import BatchSchedule
 from jaxtrain.data.sequences import Sequences
 from jaxtrain.data.shuffle import shuffled_epochs
 
@@ -13,30 +15,53 @@ MAX_SITES = 1_024  # bounds the positions of shuffled_epochs below 2^63
 Order = Callable[[np.ndarray], np.ndarray]
 
 
+class Origin(NamedTuple):
+    """Where the batches of some data begin, in a branch that began after step 0."""
+
+    step: int = 0  # of the run, whose batch is number 0
+    place: int = 0  # of the endless list, at which batch 0 begins
+
+
 class BatchSource:
     """Item n is this process's part of batch n, as NumPy arrays."""
 
     def __init__(
-        self, sequences: Sequences, batch: int, order: Order, places: np.ndarray, with_docs: bool
+        self,
+        sequences: Sequences,
+        sizes: BatchSchedule,
+        order: Order,
+        places: Mapping[int, np.ndarray],
+        with_docs: bool,
     ):
         """Stores what defines the batches.
 
         Args:
-            batch: sequences in a batch, over all processes.
+            sizes: sequences in a batch, over all processes, by the step of the run.
             order: returns the sequences at places of the site's endless list.
-            places: indices in 0..batch-1 of those that this process reads, ascending.
+            places: by size of a batch, the indices of those that this process reads, ascending.
             with_docs: whether document ids are read too.
         """
-        self._sequences, self._batch, self._order = sequences, batch, order
+        self._sequences, self._sizes, self._order = sequences, sizes, order
         self._places, self._with_docs = places, with_docs
+        self.origin = Origin()
         self._block = (-1, np.empty(0, np.int64))
 
     def __len__(self) -> int:
-        return sys.maxsize // self._batch // MAX_SITES  # endless, but Grain requires a length
+        # Endless, but Grain requires a length.
+        return sys.maxsize // self._sizes.largest // MAX_SITES
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        numbers = self._numbers(index * self._batch + self._places)
-        return self._sequences.read(numbers, self._with_docs)
+        places = self.places_before(index) + self._places[self.size(index)]
+        return self._sequences.read(self._numbers(places), self._with_docs)
+
+    def size(self, index: int) -> int:
+        """Returns the number of sequences of a batch, over all processes."""
+        return self._sizes.sequences(self.origin.step + index)
+
+    def places_before(self, index: int) -> int:
+        """Returns the place of the endless list at which a batch begins."""
+        before = self._sizes.sequences_before
+        return self.origin.place + before(self.origin.step + index) - before(self.origin.step)
 
     def _numbers(self, places: np.ndarray) -> np.ndarray:
         """Returns the sequence at each place of the site's endless list, [N] int64."""

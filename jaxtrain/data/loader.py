@@ -2,9 +2,10 @@
 
 Batch n is a pure function of (corpus fingerprint, seed, n), whatever the number of processes. All
 epochs form one endless list of sequences, each epoch in its own shuffled order; batch n holds the
-entries n * B to (n + 1) * B - 1. Of S sites, site k takes the entries k, k + S, k + 2S, ... of that
-list instead: no two sites read the same entry, whatever their batch sizes, and the batches n of
-sites with equal ones are together batch n of one run with S * B sequences. With data.mixture, the
+entries n * B to (n + 1) * B - 1 or, with data.batch_schedule, those that follow the entries of all
+batches before it. Of S sites, site k takes the entries k, k + S, k + 2S, ... of that list instead:
+no two sites read the same entry, whatever their batch sizes, and the batches n of sites with equal
+ones are together batch n of one run with S * B sequences. With data.mixture, the
 list is that of `mixture.py`. A process reads only the sequences that its devices hold. Grain reads
 ahead in threads; the only state is n, so a checkpoint stores n and the identity of the data.
 """
@@ -19,51 +20,25 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain.config.train_config import DataConfig
-from jaxtrain.data.batch_source import BatchSource, epoch_order
+from jaxtrain.data import batch_state
+from jaxtrain.data.batch_placer import BatchPlacer
+from jaxtrain.data.batch_source import BatchSource, Origin, epoch_order
 from jaxtrain.data.corpus import Corpus, check_boundaries
 from jaxtrain.data.mixture import MixedOrder
 from jaxtrain.data.mixture_state import describe_changes, stored_mixture
 from jaxtrain.data.sequences import JoinedSequences, PackedSequences, WindowSequences
 from jaxtrain.data.source_counts import SourceCounts
 from jaxtrain.data.sources import AnyCorpus, MixedCorpus, list_corpora
-from jaxtrain.distributed.mesh import batch_sharding
 
 STATE_FLAGS = {
     "fingerprint": "data.shards, data.text or data.mixture",
     "seed": "seed",
-    "batch": "data.batch",
     "seq_len": "data.seq_len",
     "pack": "data.pack",
     "eot": "data.eot",
     "boundaries": "data.shards",
     "site": "site",
 }
-
-
-class BatchPlacer:
-    """Puts this process's sequences on its devices, as global arrays [B,...] over the mesh."""
-
-    def __init__(self, batch: int, mesh: Mesh):
-        self._batch = batch
-        self._sharding = batch_sharding(mesh)
-        indices = self._sharding.addressable_devices_indices_map((batch, 1)).values()
-        ranges = [index[0].indices(batch)[:2] for index in indices if index]
-        self.places = np.unique(np.concatenate([np.arange(*span) for span in ranges]))
-
-    def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Copies arrays of len(self.places) sequences to the devices."""
-        # The train loop forbids implicit transfers; this is the one copy that each step needs.
-        with jax.transfer_guard("allow"):
-            return {name: self._place(array) for name, array in batch.items()}
-
-    def _place(self, array: np.ndarray) -> jax.Array:
-        def slice_for_device(index) -> np.ndarray:
-            start, stop = index[0].indices(self._batch)[:2]
-            first = int(np.searchsorted(self.places, start))
-            return array[first : first + stop - start]
-
-        shape = self._batch, *array.shape[1:]
-        return jax.make_array_from_callback(shape, self._sharding, slice_for_device)
 
 
 class Batches:
@@ -81,14 +56,15 @@ class Batches:
         seed: int,
         site: tuple[int, int] = (0, 1),
     ):
-        self._placer = BatchPlacer(cfg.batch, mesh)
+        self._sizes = cfg.sizes
+        used = sorted({phase.sequences for phase in self._sizes.phases})
+        self._placers = {size: BatchPlacer(size, mesh) for size in used}
         build = PackedSequences if cfg.pack else WindowSequences
         with_docs = cfg.pack or cfg.document_mask
         parts = [build(part, cfg.seq_len) for part in list_corpora(corpus).values()]
         self.sources: SourceCounts | None = None
         self._identity: dict[str, Any] = {
             "seed": seed,
-            "batch": cfg.batch,
             "seq_len": cfg.seq_len,
             "pack": cfg.pack,
             "site": f"{site[0]} of {site[1]}" if site[1] > 1 else None,
@@ -96,7 +72,7 @@ class Batches:
         if isinstance(corpus, MixedCorpus):
             sizes = [len(part) for part in parts]
             _check_sizes(cfg, corpus, sizes)
-            self.sources = SourceCounts(corpus, sizes, cfg.batch, cfg.seq_len, site[1])
+            self.sources = SourceCounts(corpus, sizes, self.places_before, cfg.seq_len, site[1])
             self.sources.check_limits()
             sequences, order = JoinedSequences(parts), MixedOrder(corpus.mixture, sizes, seed, site)
             self._identity["mixture"] = stored_mixture(corpus, with_docs)
@@ -109,10 +85,11 @@ class Batches:
                 "eot": corpus.eot if with_docs else None,
                 "boundaries": corpus.boundaries_fingerprint() if with_docs else None,
             }
-        source = BatchSource(sequences, cfg.batch, order, self._placer.places, with_docs)
+        places = {size: placer.places for size, placer in self._placers.items()}
+        self._source = BatchSource(sequences, self._sizes, order, places, with_docs)
         threads = min(cfg.prefetch, 16)  # more threads do not hide more of a slow disk's latency
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=cfg.prefetch)
-        self._reader = iter(grain.MapDataset.source(source).to_iter_dataset(options))
+        self._reader = iter(grain.MapDataset.source(self._source).to_iter_dataset(options))
         self.step = 0  # batches returned so far, hence the number of the next one
         self.sequences_per_epoch = len(sequences)
         self._wait_s = 0.0
@@ -125,7 +102,7 @@ class Batches:
         batch = next(self._reader)
         self._wait_s += time.perf_counter() - start
         self.step += 1
-        return self._placer.place(batch)
+        return self._placers[self._source.size(self.step - 1)].place(batch)
 
     def wait_s(self) -> float:
         """Returns the seconds that next() waited for data since the last call of wait_s."""
@@ -134,30 +111,73 @@ class Batches:
 
     def state(self) -> dict:
         """Returns the loader's state for a checkpoint: the step and the dataset's identity."""
-        return self._identity | {"step": self.step}
+        sizes = batch_state.store_sizes(self._sizes, self._source.origin)
+        return self._identity | {"batch": sizes, "step": self.step}
+
+    def places_before(self, batches: int) -> int:
+        """Returns the place of the endless list at which the batch after so many begins."""
+        return self._source.places_before(batches)
 
     def restore(self, state: dict) -> None:
         """Continues from what state() returned, in this process or an earlier one.
 
         Raises:
-            ValueError: the state belongs to other data, another seed or another batch shape.
+            ValueError: the state belongs to other data or another seed, or the batches that were
+                read have other sizes now.
         """
-        changed = [
-            f"{name}={state.get(name)!r}, now {value!r} (--{STATE_FLAGS[name]})"
-            for name, value in self._identity.items()
-            if name != "mixture" and state.get(name) != value
-        ]
-        mixtures = state.get("mixture"), self._identity.get("mixture")
-        if not changed:
-            batch = state["batch"]
-            changed = describe_changes(*mixtures, state["step"] * batch, batch)
+        changed = self.describe_other_data(state) + self._describe_other_sizes(state)
         if changed:
             raise ValueError(
                 f"a run must resume on the data it began with; got {'; '.join(changed)}. Set "
                 "the flags back, or start a new --workdir."
             )
-        self._reader.set_state({"next_index": state["step"]})
-        self.step = state["step"]
+        _, self._source.origin = batch_state.read_sizes(state["batch"])
+        self._go_to(state["step"])
+
+    def describe_other_data(self, state: dict) -> list[str]:
+        """Returns sentences on how the data that a state has read differ from these; [] if not."""
+        changed = [
+            f"{name}={state.get(name)!r}, now {value!r} (--{STATE_FLAGS[name]})"
+            for name, value in self._identity.items()
+            if name != "mixture" and state.get(name) != value
+        ]
+        if changed:
+            return changed
+        mixtures = state.get("mixture"), self._identity.get("mixture")
+        places = batch_state.count_places(state["batch"], state["step"])
+        return describe_changes(*mixtures, places, self._sizes.step_at)
+
+    def has_sizes_of(self, state: dict) -> bool:
+        """Returns whether the batches that a state has read have the same sizes here."""
+        return not self._describe_other_sizes(state)
+
+    def _describe_other_sizes(self, state: dict) -> list[str]:
+        return batch_state.describe_changes(state["batch"], self._sizes, state["step"])
+
+    def check_step(self, step: int) -> None:
+        """Raises ValueError unless the next batch is that of the step with this number, from 0."""
+        if not self._sizes.is_constant and self._source.origin.step + self.step != step:
+            raise ValueError(
+                f"data.batch_schedule must be set when a branch with other data is created; got it "
+                f"at step {step}, which is step {self.step} of its data. Set "
+                "--data.batch_schedule='', or create another branch."
+            )
+
+    def begin_at(self, step: int, place: int) -> None:
+        """Places a branch: its step `step`, counted from 0, reads from `place` of the list on.
+
+        If all batches have one size, it reads from the first batch on that begins there or later.
+        """
+        if self._sizes.is_constant:
+            self._source.origin = Origin()
+            self._go_to(-(-place // self._sizes.largest))
+        else:
+            self._source.origin = Origin(step, place)
+            self._go_to(0)
+
+    def _go_to(self, batch: int) -> None:
+        self._reader.set_state({"next_index": batch})
+        self.step = batch
 
     def source_metrics(self, batches: int) -> dict[str, int | float]:
         """Returns what so many batches have read of a mixture's sources; {} without a mixture."""
@@ -209,12 +229,12 @@ class EvalBatches:
 
 
 def _check_batch(cfg: DataConfig, corpus: Corpus, sequences: int) -> None:
-    if sequences < cfg.batch:
+    if sequences < cfg.sizes.largest:
+        flag = "data.batch_schedule" if cfg.batch_schedule else "data.batch"
         raise ValueError(
             f"the {corpus.split} corpus must contain at least one batch of "
-            f"data.batch={cfg.batch} sequences of data.seq_len={cfg.seq_len} + 1 tokens; got "
-            f"{sequences} sequences from {corpus.tokens} tokens. Set --data.batch or "
-            "--data.seq_len."
+            f"{flag}={cfg.sizes.largest} sequences of data.seq_len={cfg.seq_len} + 1 tokens; got "
+            f"{sequences} sequences from {corpus.tokens} tokens. Set --{flag} or --data.seq_len."
         )
 
 

@@ -4,6 +4,7 @@ What a run has read must stay as it was: the sources that it read from and the w
 Stages that lie ahead may change, and so may sources that were not read yet.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from jaxtrain.data.sources import MixedCorpus
@@ -28,14 +29,17 @@ def stored_mixture(corpus: MixedCorpus, with_docs: bool) -> dict[str, Any]:
 
 
 def describe_changes(
-    stored: dict[str, Any] | None, now: dict[str, Any] | None, places: int, batch: int
+    stored: dict[str, Any] | None,
+    now: dict[str, Any] | None,
+    places: int,
+    step_at: Callable[[int], int],
 ) -> list[str]:
     """Returns sentences on what differs in the part of a mixture that a run has read.
 
     Args:
         stored, now: from stored_mixture; None without a mixture.
         places: sequences that the run has read.
-        batch: sequences in a step.
+        step_at: returns the step before which so many sequences were read.
     """
     if not places or stored is None and now is None:
         return []
@@ -45,7 +49,7 @@ def describe_changes(
     before, after = (_read_stages(mixture, places) for mixture in (stored, now))
     changed = []
     for i in range(max(len(before), len(after))):
-        texts = [_stage_text(stages, i, batch) for stages in (before, after)]
+        texts = [_stage_text(stages, i, step_at) for stages in (before, after)]
         if texts[0] != texts[1]:
             changed.append(f"stage {i + 1} was {texts[0]}, now {texts[1]} (--data.stages)")
     read = dict.fromkeys(name for stage in before for name in stage["weights"])
@@ -67,9 +71,9 @@ def _read_stages(mixture: dict[str, Any], places: int) -> list[dict[str, Any]]:
     return [stage for stage in mixture["stages"] if stage["start"] < places]
 
 
-def _stage_text(stages: list[dict[str, Any]], i: int, batch: int) -> str:
+def _stage_text(stages: list[dict[str, Any]], i: int, step_at: Callable[[int], int]) -> str:
     """Returns `web 9/10, code 1/10 from step 80`."""
     if i >= len(stages):
         return "not reached"
     weights = ", ".join(f"{name} {weight}" for name, weight in stages[i]["weights"].items())
-    return f"{weights} from step {stages[i]['start'] // batch}"
+    return f"{weights} from step {step_at(stages[i]['start'])}"

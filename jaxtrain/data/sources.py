@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -36,6 +37,8 @@ class MixedCorpus:
     starts: tuple[int, ...]  # of the stages, in places
     places: int  # sequences that the whole run reads
     limits: dict[str, Fraction]  # most epochs of a source; no entry: no limit
+    start_steps: tuple[int, ...]  # steps before each stage
+    steps: int  # of the run
 
     @property
     def fingerprint(self) -> str:
@@ -62,12 +65,7 @@ class MixedCorpus:
 
     @functools.cached_property
     def mixture(self) -> Mixture:
-        return Mixture(
-            [
-                StagePlan(start, tuple(stage.quotas.get(name, 0) for name in self.sources))
-                for start, stage in zip(self.starts, self.stages, strict=True)
-            ]
-        )
+        return _build_mixture([*self.sources], self.stages, self.starts)
 
     @property
     def shares(self) -> dict[str, float]:
@@ -94,6 +92,8 @@ class _Plan(NamedTuple):
     starts: tuple[int, ...]
     places: int
     limits: dict[str, Fraction]
+    start_steps: tuple[int, ...]
+    steps: int
 
 
 def open_split(
@@ -173,6 +173,25 @@ def list_corpora(corpus: AnyCorpus) -> dict[str, Corpus]:
     return corpus.sources if isinstance(corpus, MixedCorpus) else {"": corpus}
 
 
+def planned_sequences(cfg: DataConfig, steps: int) -> dict[str, int]:
+    """Returns how many sequences of each source of data.mixture a run reads, by the config only.
+
+    Raises:
+        ValueError: a stage contains no step.
+    """
+    plan, names = _plan_stages(cfg, steps), sorted(parse_sources(cfg.mixture))
+    counts = _build_mixture(names, plan.stages, plan.starts).counts(plan.places)
+    return dict(zip(names, counts.tolist(), strict=True))
+
+
+def _build_mixture(names: Sequence[str], stages: Sequence[Stage], starts: Sequence[int]) -> Mixture:
+    plans = [
+        StagePlan(start, tuple(stage.quotas.get(name, 0) for name in names))
+        for start, stage in zip(starts, stages, strict=True)
+    ]
+    return Mixture(plans)
+
+
 def _plan_stages(cfg: DataConfig, steps: int) -> _Plan:
     """Returns where each stage starts. Stages end with a step, the one nearest to the given end."""
     names = parse_sources(cfg.mixture)
@@ -180,17 +199,17 @@ def _plan_stages(cfg: DataConfig, steps: int) -> _Plan:
     starts = [0]
     for i, stage in enumerate(stages[:-1], start=1):
         if stage.share is not None:
-            end = round(stage.share * steps)
+            starts.append(round(stage.share * steps))
         else:
-            end = round(Fraction(stage.tokens or 0, cfg.batch * cfg.seq_len))
-        starts.append(end * cfg.batch)
+            starts.append(cfg.sizes.step_at(Fraction(stage.tokens or 0, cfg.seq_len)))
         if starts[-1] <= starts[-2]:
             raise ValueError(
                 f"data.stages must have stages of at least one step; got stage {i}, which ends "
-                f"after step {end} and starts after step {starts[-2] // cfg.batch} of {steps}. Set "
+                f"after step {starts[-1]} and starts after step {starts[-2]} of {steps}. Set "
                 "--data.stages or --steps."
             )
-    return _Plan(stages, tuple(starts), steps * cfg.batch, limits)
+    places = tuple(cfg.sizes.sequences_before(step) for step in starts)
+    return _Plan(stages, places, cfg.sizes.sequences_before(steps), limits, tuple(starts), steps)
 
 
 def _check_tokenizers(sources: dict[str, Corpus]) -> None:

@@ -39,6 +39,11 @@ class Heartbeat:
         """
         self._record |= {"ratios": ratios, "slow": slow}
 
+    def scale_steps(self, factor: float) -> None:
+        """Writes a beat that says that the steps from now on take so many times as long."""
+        self._record["step_s"] *= factor
+        self("train")
+
     def __call__(self, phase: str, step: int | None = None) -> None:
         """Writes a beat.
 

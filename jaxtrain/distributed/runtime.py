@@ -171,7 +171,9 @@ def fit_config_to_world(cfg: TrainConfig, world: World) -> TrainConfig:
         return cfg
     least = -(-cfg.accumulation * world.planned // world.processes)  # rounded up
     rows, devices = cfg.data.batch, jax.device_count()
-    microbatches = [n for n in range(least, rows + 1) if rows % (n * devices) == 0]
+    sizes = [phase.sequences for phase in cfg.data.sizes.phases]
+    divides = lambda n: rows % (n * devices) == 0 and all(size % (rows // n) == 0 for size in sizes)
+    microbatches = [n for n in range(least, rows + 1) if divides(n)]
     if not microbatches:
         raise ValueError(
             f"data.batch must divide over the {devices} devices that are left of a larger job; got "

@@ -16,7 +16,7 @@ from jaxtrain.file_errors import keep_first_error
 from jaxtrain.metrics.mfu import StepWork, memory_metrics
 from jaxtrain.metrics.network import NetworkCounters, StepBytes
 from jaxtrain.metrics.rank_watch import RankWatch
-from jaxtrain.metrics.step_log import StepLog, read_step_times
+from jaxtrain.metrics.step_log import NEW_SIZE, StepLog, read_step_times
 from jaxtrain.metrics.step_timer import OVERLAPPED, STEP_TIME_METRICS, StepTimer, step_time_metrics
 from pallas_kernels.chip import Chip
 
@@ -35,6 +35,7 @@ class Collector:
         log: step log of this process.
         counters: network counters of this host; None reports no network bytes.
         is_saving: returns whether a checkpoint is being written in the background.
+        tokens_of: returns the tokens of a step, counted from 1; None if all have work.tokens.
 
     Attributes:
         ranks: compares the processes, see watch_ranks(); None if it is off.
@@ -47,10 +48,13 @@ class Collector:
         log: StepLog,
         counters: NetworkCounters | None,
         is_saving: Callable[[], bool],
+        tokens_of: Callable[[int], int] | None = None,
     ):
         self.timer = StepTimer(work.tokens, work.devices)
         self.work, self.chip, self.log, self.counters = work, chip, log, counters
         self._is_saving, self._compile_s = is_saving, 0.0
+        self._has_sizes = False  # whether steps have differed in size
+        self._tokens_of = tokens_of or (lambda step: self.work.tokens)
         self.ranks: RankWatch | None = None
         self._just_ended = ["start"]  # pauses since the last step ended, in order
         self._step_bytes = StepBytes(counters) if counters else None
@@ -76,6 +80,19 @@ class Collector:
         self.timer.start(before_s)
         if self._step_bytes:
             self._step_bytes.exclude()
+
+    def use(self, work: StepWork) -> None:
+        """Sets what the next step to end computes, in a run whose steps differ in size.
+
+        Call summary() first, so that no window has steps of two sizes.
+        """
+        if work is self.work:
+            return
+        beat.scale_steps(work.tokens / self.work.tokens)
+        self.work, self._has_sizes = work, True
+        self.timer.change_step(work.tokens)
+        self.log.forget_times()
+        self._just_ended.append(NEW_SIZE)
 
     def watch_ranks(self, cfg: MeasureConfig, hosts: list[str], first: int) -> None:
         """Starts to compare the processes, if there are several; see RankWatch."""
@@ -153,6 +170,9 @@ class Collector:
         self.log.flush()
         wire_bytes = self._step_bytes.run_mean() if self._step_bytes else None
         metrics = self._add_rates(self._with_all_step_times(self.timer.total()), wire_bytes)
+        if self._has_sizes:  # the payload of a step is known by size, the bytes only on average
+            for name in ("comm/effective_bytes_per_s", "comm/overhead"):
+                metrics.pop(name, None)
         lost_s = self.timer.lost_s(metrics["perf/wall_s"])
         found = {"stragglers": self.ranks.found} if self.ranks else {}
         return metrics | {"lost_s": lost_s, "outliers": dict(self.log.outliers)} | found
@@ -165,7 +185,8 @@ class Collector:
             logging.warning("Step times cover only the steps since this start: %s", error)
             return metrics
         if times_s:
-            return metrics | step_time_metrics(times_s, self.work.tokens, self.work.devices)
+            tokens = sum(map(self._tokens_of, times_s)) / len(times_s)
+            return metrics | step_time_metrics([*times_s.values()], tokens, self.work.devices)
         return {name: value for name, value in metrics.items() if name not in STEP_TIME_METRICS}
 
     def _add_rates(self, metrics: dict, wire_bytes: tuple[float, float] | None) -> dict:

@@ -1,10 +1,10 @@
 """Writes hosts/PROCESS.jsonl: every step of one process, and which steps were outliers and why.
 
 A line is {"step", "time" (UTC s), "perf/step_time_s", "data/wait_s"}. With several hosts it also
-has {"comm/wire_sent_bytes", "comm/wire_received_bytes"}, and the first step after a start has
-{"first": true}. An outlier adds a line {"step", "time", "event": "outlier", "perf/step_time_s",
-"cause"}, and a probe of jaxtrain.metrics.rank_watch one with the event "probe". Lines are buffered
-until flush(), so that a step costs no system call.
+has {"comm/wire_sent_bytes", "comm/wire_received_bytes"}, and the first step after a start, and of
+another batch size, has {"first": true}. An outlier adds a line {"step", "time", "event": "outlier",
+"perf/step_time_s", "cause"}, and a probe of jaxtrain.metrics.rank_watch one with the event "probe".
+Lines are buffered until flush(), so that a step costs no system call.
 """
 
 import gc
@@ -28,6 +28,7 @@ HISTORY = 200
 MIN_STEPS = 10  # with fewer steps, none is called an outlier
 TIMES, SIGMAS = 1.5, 3.0
 SIGMA_OF_MAD = 1.4826
+NEW_SIZE = "size"  # an activity: the step is the first one of its batch size in this process
 SHARE = 0.25  # a cause is named if it explains at least this share of the excess time
 
 
@@ -49,7 +50,7 @@ class StepRecord(NamedTuple):
         if self.wire_bytes:
             sent, received = self.wire_bytes
             line += f', "comm/wire_sent_bytes": {sent}, "comm/wire_received_bytes": {received}'
-        if "start" in self.activities:
+        if "start" in self.activities or NEW_SIZE in self.activities:
             line += ', "first": true'
         return f"{{{line}}}"
 
@@ -125,6 +126,11 @@ class StepLog:
         records.clear()
         self._file.write(("\n".join(lines) + "\n").encode())
 
+    def forget_times(self) -> None:
+        """Later steps are not compared with earlier ones, to find outliers."""
+        self.flush()
+        self._recent_s.clear()
+
     def add_event(self, step: int, event: str, values: Mapping[str, object]) -> None:
         """Writes a line with an event, after the steps before it."""
         self.flush()
@@ -139,10 +145,11 @@ class StepLog:
             self._file.close()
 
 
-def read_step_times(path: Path) -> list[float]:
-    """Returns the seconds of every step in a hosts/N.jsonl except the first after each start.
+def read_step_times(path: Path) -> dict[int, float]:
+    """Returns {step: seconds} of a hosts/N.jsonl, without those that have "first".
 
-    The first step after a start includes work that the device does only once.
+    These are the first after each start and of each batch size, which include work that the device
+    does only once.
 
     Raises:
         OSError: the file cannot be read.
@@ -151,7 +158,7 @@ def read_step_times(path: Path) -> list[float]:
     lines = [record for record in read_metrics(path) if "event" not in record]
     times_s = {line["step"]: line["perf/step_time_s"] for line in lines}
     first = {line["step"] for line in lines if line.get("first")} | {min(times_s, default=0)}
-    return [s for step, s in times_s.items() if step not in first]
+    return {step: s for step, s in times_s.items() if step not in first}
 
 
 def name_cause(record: StepRecord, excess_s: float) -> str:

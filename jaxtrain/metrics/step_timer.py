@@ -32,6 +32,7 @@ class _Span:
     """Times since `started_s`, of the run or of the window between two summaries."""
 
     started_s: float
+    tokens: int = 0  # of its steps
     step_times_s: array = field(default_factory=lambda: array("d"))
     pauses_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     lost_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))  # in steps
@@ -41,7 +42,7 @@ class StepTimer:
     """Measures steps from arrival to arrival of their results, on the host.
 
     Args:
-        tokens_per_step: tokens that one step trains on, over all hosts.
+        tokens_per_step: tokens that one step trains on, over all hosts, until change_step().
         devices: devices of all hosts.
         now: monotonic clock, s.
 
@@ -64,6 +65,7 @@ class StepTimer:
         self._paused_s = self._starved_s = self.waited_s = 0.0  # since the last tick
         self._data_lost_s = 0.0
         self._fed_s = deque(maxlen=FED_STEPS)  # times of steps whose batch was ready in time
+        self._first_usual = 0  # number of steps before the newest change_step()
         self._cause = None  # of the pause that is running
         self._late_s = dict.fromkeys(LATE, 0.0)  # since the last late_shares()
         self._timed_s = 0.0  # in steps, since the last late_shares()
@@ -79,6 +81,12 @@ class StepTimer:
         self._run = _Span(self._last_tick_s)
         self._window = _Span(self._last_tick_s)
 
+    def change_step(self, tokens_per_step: int) -> None:
+        """From now on, steps train on so many tokens; their times are not compared with earlier."""
+        self.tokens_per_step = tokens_per_step
+        self._fed_s.clear()
+        self._first_usual = len(self._run.step_times_s)
+
     def tick(self, skipped: bool = False) -> float:
         """Ends a step, whose results have just arrived on the host; returns its seconds.
 
@@ -92,6 +100,7 @@ class StepTimer:
         data_s = self._lost_to_data_s(step_time_s)
         for span in (self._window, self._run):
             span.step_times_s.append(step_time_s)
+            span.tokens += self.tokens_per_step
             span.lost_s["data"] += data_s
             if skipped:
                 span.lost_s["skipped"] += step_time_s - data_s
@@ -171,8 +180,9 @@ class StepTimer:
         return sum(self._run.step_times_s)
 
     def usual_s(self) -> float:
-        """Returns the median step time of the run so far."""
-        return statistics.median(self._run.step_times_s)
+        """Returns the median time of the run's steps so far, of those of the present size."""
+        times_s = self._run.step_times_s
+        return statistics.median(times_s[self._first_usual :] or times_s)
 
     def summary(self) -> dict[str, float]:
         """Returns the metrics since the last summary; step times only if a step has ended.
@@ -196,7 +206,7 @@ class StepTimer:
         """
         span = self._run
         steps = len(span.step_times_s)
-        metrics = {"perf/steps": steps, "perf/tokens": steps * self.tokens_per_step}
+        metrics = {"perf/steps": steps, "perf/tokens": span.tokens}
         metrics |= self._metrics(span, self._now()) | {"perf/wall_s": self._wall_s()}
         if steps:
             metrics["perf/goodput"] = self._good_s(span) / metrics["perf/wall_s"]
@@ -231,11 +241,11 @@ class StepTimer:
         metrics = {f"perf/pause_{cause}_s": pauses_s[cause] for cause in sorted(pauses_s)}
         if not times_s.size:
             return metrics
-        tokens, all_s = times_s.size * self.tokens_per_step, now_s - span.started_s
+        all_s = now_s - span.started_s
         return (
-            step_time_metrics(times_s, self.tokens_per_step, self.devices)
+            step_time_metrics(times_s, span.tokens / times_s.size, self.devices)
             | {
-                "perf/tokens_per_s_actual": tokens / all_s,
+                "perf/tokens_per_s_actual": span.tokens / all_s,
                 "perf/goodput": self._good_s(span) / all_s,
                 "data/wait_s": span.pauses_s["data"] / times_s.size,
             }
@@ -248,12 +258,13 @@ def _without_overlapped(pauses_s: Mapping[str, float]) -> dict[str, float]:
 
 
 def step_time_metrics(
-    times_s: Sequence[float] | np.ndarray, tokens_per_step: int, devices: int
+    times_s: Sequence[float] | np.ndarray, tokens_per_step: float, devices: int
 ) -> dict[str, float]:
     """Returns the percentiles of step times, and tokens/s over their sum.
 
     Args:
         times_s: seconds of at least one step.
+        tokens_per_step: their mean.
     """
     tokens_per_s = tokens_per_step / np.mean(times_s)
     values = *np.percentile(times_s, [50, 95, 99, 100]), tokens_per_s, tokens_per_s / devices

@@ -1,6 +1,6 @@
 """Formats a plan as text for people and as a dict for JSON."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxtrain.planning.calibration import Calibration
@@ -128,6 +128,26 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield from _memory_lines(plan)
     yield from _work_lines(plan)
     yield from _collective_lines(plan)
+
+
+def sizes_dict(plans: Sequence[Plan]) -> list[dict[str, Any]]:
+    """Returns the figures of steps of each size of data.batch_schedule."""
+    keys = ("batch", "accumulation", "step_s", "tokens_per_s", "fits")
+    rows = [plan_dict(plan) for plan in plans]
+    return [{k: row[k] for k in keys} | {"peak": row["memory_bytes"]["peak"]} for row in rows]
+
+
+def sizes_lines(plans: Sequence[Plan]) -> Iterator[str]:
+    """Yields a table of the steps of each size; the first plan is the one printed in full."""
+    yield f"The above is a step of {plans[0].run.cfg.data.batch} sequences. All sizes:"
+    columns = {
+        "sequences": lambda r: r["batch"],
+        "micro-batches": lambda r: r["accumulation"],
+        "step s": lambda r: f"{r['step_s']:.3f}",
+        "tokens/s": lambda r: f"{r['tokens_per_s']:,.0f}",
+        "peak GiB": lambda r: f"{r['peak'] / GIB:.2f}",
+    }
+    yield format_table(sizes_dict(plans), columns, indent=2)
 
 
 def calibrated_dict(plan: Plan, calibration: Calibration) -> dict[str, Any]:

@@ -80,6 +80,11 @@ def with_setting(
     if fsdp is not None:
         mesh = dataclasses.replace(mesh, replica=-1, fsdp=fsdp)
     if seq_len is not None:
+        if data.batch_schedule:
+            raise ValueError(
+                f"other lengths need steps of one size; got data.batch_schedule="
+                f"{data.batch_schedule!r}. Leave out --seq_lens, or set --data.batch_schedule=''."
+            )
         tokens = data.batch * data.seq_len
         if tokens % seq_len:
             raise ValueError(
@@ -103,7 +108,9 @@ def setting_flags(figures: Figures) -> str:
 def accumulations(cfg: TrainConfig, devices: int) -> list[int]:
     """Returns all numbers of micro-batches into which the batch can be cut, ascending."""
     rows = cfg.data.batch // devices
-    return [count for count in range(1, rows + 1) if rows % count == 0]
+    counts = [count for count in range(1, rows + 1) if rows % count == 0]
+    sizes = [phase.sequences for phase in cfg.data.sizes.phases]
+    return [n for n in counts if all(size % (cfg.data.batch // n) == 0 for size in sizes)]
 
 
 def stronger_remats(cfg: TrainConfig) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 from jaxtrain.config.model_section import ModelConfig
@@ -98,7 +99,8 @@ def build_cells(
             if horizon:
                 name = "-".join([*parts, f"{horizon:g}x"])
                 tokens = horizon * tokens_per_parameter * parameters
-                steps = {"steps": max(1, round(tokens / (cfg.data.batch * cfg.data.seq_len)))}
+                sequences = Fraction(tokens) / cfg.data.seq_len
+                steps = {"steps": max(1, cfg.data.sizes.step_at(sequences))}
             budget = budgets[min(len(cells), len(budgets) - 1)]
             group = "-".join(parts) or condition
             cells.append(

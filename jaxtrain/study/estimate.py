@@ -32,7 +32,7 @@ def describe_study(plan: StudyPlan) -> list[str]:
     ]
     for cell in cells:
         cfg = _sample_trial(plan, cell.name, study.baseline).config
-        tokens = cfg.steps * cfg.data.batch * cfg.data.seq_len
+        tokens = cfg.data.tokens_before(cfg.steps)
         tuning = plan.budget(cell.name) * count
         start = f", starting from {cell.starts_from}" if cell.starts_from and tuning else ""
         start = start if study.search == "coordinates" else ""

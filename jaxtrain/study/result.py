@@ -113,7 +113,7 @@ def _compare_cell(
         cell.name,
         cell.parameters,
         cell.horizon,
-        cfg.steps * cfg.data.batch * cfg.data.seq_len,
+        cfg.data.tokens_before(cfg.steps),
         target,
         st.pooled_sd(losses.values()),
         comparisons,

@@ -140,14 +140,15 @@ def read_result(trial: Trial) -> Result:
         ValueError: the run has not been evaluated after its last step.
     """
     folder = Path(trial.config.workdir)
-    tokens = trial.config.data.batch * trial.config.data.seq_len
+    tokens_before = trial.config.data.tokens_before
     records = read_metrics(folder / FILE)
     last_step, seconds = 0, 0.0  # at the newest record: steps trained, and seconds in them
     compile_s = sum(record.get("perf/compile_time_s", 0.0) for record in records)
     train_rows, held_out = [], []
     for record in records:
         if "perf/tokens_per_s" in record:
-            seconds += (record["step"] - last_step) * tokens / record["perf/tokens_per_s"]
+            tokens = tokens_before(record["step"]) - tokens_before(last_step)
+            seconds += tokens / record["perf/tokens_per_s"]
             last_step = record["step"]
         row = (record["step"], seconds)
         if LOSS in record:

@@ -210,7 +210,7 @@ def _describe_run(run: Result, folder: Path) -> dict[str, Any]:
         "contender": run.trial.contender,
         "setting": run.trial.setting,
         "seed": run.trial.seed,
-        "tokens": cfg.steps * cfg.data.batch * cfg.data.seq_len,
+        "tokens": cfg.data.tokens_before(cfg.steps),
         "folder": str(Path(cfg.workdir).relative_to(folder)),
         "loss_nats": run.loss,
         "seconds": run.seconds,

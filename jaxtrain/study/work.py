@@ -242,4 +242,4 @@ def _key(trial: Trial) -> tuple:
 def _cost(plan: StudyPlan, cell: str) -> float:
     """Returns the cost of a run in a cell, in a unit that is the same for all cells."""
     cfg = plan.trial(cell, plan.study.baseline, {}, plan.study.tuning_seed).config
-    return plan.cells[cell].parameters * cfg.steps * cfg.data.batch * cfg.data.seq_len
+    return plan.cells[cell].parameters * cfg.data.tokens_before(cfg.steps)

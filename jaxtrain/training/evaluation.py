@@ -229,7 +229,7 @@ def token_limit(cfg: TrainConfig) -> int:
     They are at most as many as the run trains on: one step of a large model should not be followed
     by hours of evaluation.
     """
-    return min(cfg.eval_tokens, cfg.steps * cfg.data.batch * cfg.data.seq_len)
+    return min(cfg.eval_tokens, cfg.data.tokens_before(cfg.steps))
 
 
 def warn_of_noise(metrics: dict[str, float]) -> str:

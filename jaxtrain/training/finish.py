@@ -50,7 +50,7 @@ def finish_run(loop: Loop, corpus: AnyCorpus, stopped_by: signal.Signals | None)
         summary["sources"] = sources.read_by(loop.batches.step)
     logger.finish(loop.collector.total() | summary)
     if sources:
-        logger.note(source_table(sources, loop.batches.step))
+        logger.note(source_table(summary["sources"]))
     if stopped_by is None:
         for line in next_commands(cfg.workdir):
             logger.note(line)

@@ -23,8 +23,9 @@ from jaxtrain.sites.rounds import Rounds
 from jaxtrain.training.evaluation import Evaluator, token_limit, warn_of_noise
 from jaxtrain.training.finite import is_sound, name_spoiled_processes
 from jaxtrain.training.phases import AFTER_STEPS, measure_phases, show_phases
+from jaxtrain.training.programs import Programs, size_metrics
 from jaxtrain.training.run import Run
-from jaxtrain.training.step import Step, TrainState
+from jaxtrain.training.step import TrainState
 
 IN_STEP = "saving after this step, then stopping"
 UNSOUND = "its loss, gradient or update is not finite"
@@ -46,8 +47,7 @@ class Loop:
     Args:
         run: from build_run.
         state: TrainState to continue from. The first step donates it.
-        step: from compile_step.
-        diagnosis: from compile_diagnosis; None if the config asks for none.
+        programs: from compile_programs.
         batches: training batches, positioned at the state's step.
         evaluator: what the weights are evaluated on.
         collector: the entered Collector of this process.
@@ -58,8 +58,7 @@ class Loop:
         self,
         run: Run,
         state: TrainState,
-        step: Step,
-        diagnosis: Step | None,
+        programs: Programs,
         batches: Batches,
         evaluator: Evaluator,
         checkpoints: Checkpoints,
@@ -68,12 +67,11 @@ class Loop:
         rounds: Rounds | None = None,
     ):
         self.cfg, self.run = run.cfg, run
-        self.state, self.step, self.diagnosis = state, step, diagnosis
+        self.state, self.programs = state, programs
         self.batches, self.evaluator = batches, evaluator
         self.checkpoints, self.logger, self.collector = checkpoints, logger, collector
         self.rounds = rounds
         self.stop = StopListener()
-        self.rates = run.rates()
         self.first = self.saved_step = int(state.step)
         self.tracer = Tracer(self.cfg.workdir, self.first, self.cfg.steps, self.cfg.profile.steps)
         self._warned_of_noise = self._showed_time_left = False
@@ -155,13 +153,14 @@ class Loop:
         # If the previous step is done by now, the device has been waiting for this batch.
         if self._in_flight is None or self._in_flight[1]["train/bad_steps"].is_ready():
             self.collector.timer.starved(throughout=self._in_flight is None)
-        if self.diagnosis and step % self.cfg.diagnose_every == 0:
+        program = self.programs.at(step)
+        if program.diagnosis and step % self.cfg.diagnose_every == 0:
             self._diagnose(step, batch)
         # A NumPy argument or a float() in here would copy between host and device at every step.
         # The guard turns such an implicit transfer into an error.
         with jax.transfer_guard("disallow"), self.tracer.annotate("dispatch"):
             # The old state's buffers are donated: the new state overwrites them in place.
-            self.state, scalars = self.step(self.state, batch, self.rates)
+            self.state, scalars = program.step(self.state, batch, program.rates)
         beat("train", step)  # a second beat, so that a stall in data loading is detectable
         self._collect_step()
         self._in_flight = step, scalars, self.batches.step
@@ -176,15 +175,18 @@ class Loop:
         if self._in_flight is None:
             return
         (step, scalars, batches), self._in_flight = self._in_flight, None
-        self._scalars = scalars
+        self._scalars, program = scalars, self.programs.at(step)
+        self.collector.use(program.work)
         with self.tracer.annotate("wait"):
             bad_steps = int(jax.device_get(scalars["train/bad_steps"]))
         self.collector.tick(step, skipped=bad_steps > 0)
         self._show_time_left(step)
         self.logger.advance(step)
-        if step % self.cfg.log_every == 0 or step == self.cfg.steps or bad_steps:
+        is_last = step == self.cfg.steps or self.programs.is_last_of_size(step)
+        if step % self.cfg.log_every == 0 or is_last or bad_steps:
             metrics = {name: float(x) for name, x in jax.device_get(scalars).items()}
             metrics |= self.batches.source_metrics(batches) | self.collector.summary()
+            metrics |= size_metrics(self.cfg, step)
             self.logger.write(step, metrics)
         if bad_steps:
             self.logger.note(f"step {step} skipped: its loss or its gradient is not finite")
@@ -203,6 +205,7 @@ class Loop:
         if self._showed_time_left or is_early:
             return
         self._showed_time_left, step_s = True, self.collector.timer.usual_s()
+        step_s *= self.programs.growth(step, self.cfg.steps)
         if text := describe_time_left(self.cfg.steps - step, step_s):
             self.logger.print_header([("time", text)])
 
@@ -258,9 +261,10 @@ class Loop:
 
     def _diagnose(self, step: int, batch: dict[str, jax.Array]) -> None:
         """Logs what the optimizer is about to do. The time counts as a pause, not as a step."""
-        assert self.diagnosis is not None
+        program = self.programs.at(step)
+        assert program.diagnosis is not None
         with self._pause("diagnosis"):
-            metrics = jax.device_get(self.diagnosis(self.state, batch, self.rates))
+            metrics = jax.device_get(program.diagnosis(self.state, batch, program.rates))
         self.logger.write(step, {name: float(x) for name, x in metrics.items()})
 
     def _measure_phases(self, step: int, batch: dict[str, jax.Array]) -> None:
@@ -269,7 +273,8 @@ class Loop:
         beat("compile")
         with self._pause("phases"):
             step_s = self.collector.timer.usual_s()
-            figures = measure_phases(self.run, self.state, batch, self.rates, step_s)
+            program = self.programs.at(step)
+            figures = measure_phases(program.run, self.state, batch, program.rates, step_s)
         self.logger.write(step, figures)
         self.logger.print_header(show_phases(figures))
 

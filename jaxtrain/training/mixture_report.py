@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 from jaxtrain.data.loader import Batches
-from jaxtrain.data.source_counts import SourceCounts
 from jaxtrain.data.sources import AnyCorpus, MixedCorpus
 from jaxtrain.reporting.table import format_table
 
@@ -17,7 +16,7 @@ def mixture_lines(corpus: AnyCorpus, batches: Batches) -> Iterator[tuple[str, st
         return
     for name, part in corpus.sources.items():
         yield name, part.describe()
-    steps = [*(start // batches.sources.batch for start in corpus.starts), batches.sources.steps]
+    steps = [*corpus.start_steps, corpus.steps]
     for i, stage in enumerate(corpus.stages):
         weights = ", ".join(f"{name} {float(weight):g}" for name, weight in stage.weights.items())
         yield (
@@ -25,13 +24,12 @@ def mixture_lines(corpus: AnyCorpus, batches: Batches) -> Iterator[tuple[str, st
             f"steps {steps[i] + 1:,} to {max(steps[i], steps[i + 1]):,}: {weights}; exact in any "
             f"{sum(stage.quotas.values()):,} sequences in a row",
         )
-    for line in source_table(batches.sources, batches.sources.steps).split("\n"):
+    for line in source_table(batches.sources.planned()).split("\n"):
         yield "planned", line
 
 
-def source_table(sources: SourceCounts, step: int) -> str:
-    """Returns a table of what the steps up to `step` read of each source."""
-    rows = sources.read_by(step)
+def source_table(rows: dict[str, dict[str, int | float]]) -> str:
+    """Returns a table of what is read of each source, from SourceCounts."""
     total = sum(figures["tokens"] for figures in rows.values())
     columns = {
         "source": lambda name: name,

@@ -6,6 +6,7 @@ from typing import Any
 
 import jaxtrain.config.train_config as config_lib
 from jaxtrain.checkpoint.manager import Checkpoints, Restored
+from jaxtrain.data.batch_state import count_places
 from jaxtrain.data.loader import Batches
 from jaxtrain.distributed.broadcast import broadcast_from_process_0
 from jaxtrain.errors import CheckpointError
@@ -68,6 +69,7 @@ def start_state(
         place_in_data(batches, branch)
     else:
         batches.restore(restored.meta["data"])
+    batches.check_step(restored.step)
     if restored.step > run.cfg.steps:
         raise ValueError(
             f"steps must be at least the checkpoint's step {restored.step}; got "
@@ -83,7 +85,7 @@ def start_state(
 def place_in_data(batches: Batches, branch: dict[str, Any]) -> None:
     """Sets the batch that a branch begins with: the trunk's next one, or the first of other data.
 
-    With another batch size, it is the first batch that contains no sequence that the trunk read.
+    With other batch sizes, it is the first batch that contains no sequence that the trunk read.
 
     Args:
         branch: from read_branch.
@@ -91,19 +93,12 @@ def place_in_data(batches: Batches, branch: dict[str, Any]) -> None:
     Raises:
         ValueError: the data differ from the trunk's, although no flag changed them.
     """
-    read, here = branch["data"], batches.state()
-    try:
-        batches.restore(read)
+    read, first = branch["data"], 0 if branch["new_optimizer"] else branch["step"]
+    other = batches.describe_other_data(read)
+    if other and not branch["new_data"] or first and not other and batches.has_sizes_of(read):
+        batches.restore(read)  # raises an error if the data are other ones
         return
-    except ValueError:
-        if not branch["new_data"]:
-            raise
-    differing = {name for name in here | read if here.get(name) != read.get(name)} - {"step"}
-    if differing <= {"batch"}:
-        first = -(-read["step"] * read["batch"] // here["batch"])
-    else:
-        first = 0
-    batches.restore(here | {"step": first})
+    batches.begin_at(first, 0 if other else count_places(read["batch"], read["step"]))
 
 
 def check_begins_anew(branch: dict[str, Any], workdir: str) -> None:

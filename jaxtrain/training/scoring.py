@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.data.loader import BatchPlacer
+from jaxtrain.data.batch_placer import BatchPlacer
 from jaxtrain.data.tasks.tokens import Piece
 from jaxtrain.distributed.mesh import replicated
 from jaxtrain.model.dense import wide_dtype
@@ -110,7 +110,7 @@ def build_score(run: Run, rows: int, length: int) -> Callable:
         kernels=dataclasses.replace(cfg.kernels, strict=False),
         # A sequence is one document, so no mask is needed.
         data=dataclasses.replace(
-            cfg.data, batch=rows, seq_len=length, pack=False, document_mask=False
+            cfg.data, batch=rows, batch_schedule="", seq_len=length, pack=False, document_mask=False
         ),
     )
     _, model = build_routed_model(cfg, mesh)

@@ -33,6 +33,7 @@ from jaxtrain.optim.preconditioner_cost import ROTATIONS, owner_imbalance
 from jaxtrain.optim.sharded_muon import load_imbalance
 from jaxtrain.run_directory.lineage import KEY, read_branch, read_lineage
 from jaxtrain.training.evaluation import Evaluator
+from jaxtrain.training.programs import batch_phases, schedule_lines
 from jaxtrain.training.run import Run
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +60,8 @@ def startup_lines(
         evaluator: its tasks are described.
     """
     cfg, model = run.cfg, run.cfg.model
-    tokens = cfg.steps * cfg.data.batch * cfg.data.seq_len
+    tokens, data = cfg.data.tokens_before(cfg.steps), cfg.data
+    size = "data.batch_schedule" if data.batch_schedule else data.batch
     heads = f"{model.H} heads" if model.G == model.H else f"{model.H}:{model.G} heads"
     yield (
         "model",
@@ -68,7 +70,8 @@ def startup_lines(
     )
     yield "data", corpus.describe()
     yield from (("task", line) for line in (evaluator.describe() if evaluator else ()))
-    yield "tokens", f"{tokens:,} in {cfg.steps:,} steps of {cfg.data.batch} x {cfg.data.seq_len}"
+    yield "tokens", f"{tokens:,} in {cfg.steps:,} steps of {size} x {data.seq_len}"
+    yield from schedule_lines(cfg, restored.step if restored else 0)
     reason = f" ({dtype_reason})" if dtype_reason else ""
     yield "devices", f"{_describe_mesh(run.mesh)}, {model.dtype}{reason}"
     yield from describe_routes(run.routes)
@@ -219,7 +222,7 @@ def build_config_json(
         "hosts": hosts or [socket.gethostname()],
         "site": site,
         "chip": chip_dict(find_device_chip(device)),
-        "work": work and work.as_dict(),
+        "work": work and work.as_dict() | batch_phases(run.cfg.data),
         "routes": {name: str(route) for name, route in run.routes.items()},
         "tuning": _describe_tuning(run),
         "notes": machine_notes(run),

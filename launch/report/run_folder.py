@@ -15,6 +15,7 @@ from launch.host.run_files import CONFIG, METRICS, SUMMARY, process_files
 from launch.report.formats import duration
 from launch.report.json_files import parse_numbers, read_json, read_json_lines
 from launch.report.stats import percentile
+from launch.report.step_tokens import StepTokens
 from launch.terminal import warn
 
 PEAK_OF = {"bfloat16": "bfloat16", "float32": "tf32"}  # XLA multiplies float32 in TF32
@@ -98,10 +99,14 @@ class RunFolder:
         """The counts of a step, such as `params` and `roofline_s`; {} if they were not recorded."""
         return self.config.get("work") or {}
 
+    @cached_property
+    def step_tokens(self) -> StepTokens:
+        return StepTokens.from_config(self.config)
+
     @property
     def tokens_per_step(self) -> int:
-        data = self.settings["data"]
-        return self.work.get("tokens_per_step") or data["batch"] * data["seq_len"]
+        """The tokens of a step, their mean over the whole run if its steps differ in size."""
+        return self.step_tokens.mean(self.settings)
 
     @property
     def peak_flops_per_s(self) -> float | None:
@@ -153,7 +158,7 @@ class RunFolder:
         every = self.settings["log_every"]
         if every == 1:
             return self.points(STEP_TIME)[1:], "each step, metrics.jsonl"
-        means = [(s, self.tokens_per_step / rate) for s, rate in self.points("perf/tokens_per_s")]
+        means = [(s, self.step_tokens.of([s]) / r) for s, r in self.points("perf/tokens_per_s")]
         return means[1:], f"means of {every} steps, metrics.jsonl"
 
     @property
@@ -188,7 +193,7 @@ class RunFolder:
         """The run's figures by metric name; those of steps are computed from step_times."""
         figures, times = {}, self.seconds
         if times:
-            rate = self.tokens_per_step / fmean(times)
+            rate = self.step_tokens.of([step for step, _ in self.step_times[0]]) / sum(times)
             p50, p95, p99 = (percentile(times, share) for share in (0.5, 0.95, 0.99))
             figures = {
                 "perf/tokens_per_s": rate,

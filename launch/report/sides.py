@@ -96,7 +96,8 @@ def read_side(path: str | Path, may_differ: Sequence[str] = ()) -> Side:
         losses=[dict(run.points(LOSS) or run.points(EVAL_LOSS)) for run in runs],
         peak_flops_per_s=first.peak_flops_per_s,
         hbm_bytes_per_s=first.chip["hbm_bytes_per_s"] if first.chip else None,
-        roofline_s=first.work.get("roofline_s"),
+        # That of a step of one size says nothing of the others.
+        roofline_s=None if first.step_tokens.differ else first.work.get("roofline_s"),
     )
 
 

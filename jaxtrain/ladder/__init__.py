@@ -1,0 +1,1 @@
+"""Scaling ladder: one stable run per size, horizons by branches, and a fit of the loss."""
