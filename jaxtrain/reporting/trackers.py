@@ -63,7 +63,8 @@ class WandbTracker:
     """
 
     def __init__(self):
-        self._wandb, self._run = _import("wandb", "wandb"), None
+        self._wandb = _import("wandb", "wandb")
+        self._run: Any = None
 
     def start(self, workdir: Path, resume_step: int, config: dict[str, Any]) -> None:
         run_id = read_run_id(workdir, "wandb", resume_step) or secrets.token_hex(4)
@@ -98,7 +99,8 @@ class MlflowTracker:
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         self._entities = _import("mlflow.entities", "mlflow")
         self._tracking = _import("mlflow.tracking", "mlflow")
-        self._client, self._run_id = None, ""
+        self._client: Any = None
+        self._run_id = ""
 
     def start(self, workdir: Path, resume_step: int, config: dict[str, Any]) -> None:
         local = (workdir.resolve() / "mlflow").as_uri()
