@@ -11,7 +11,7 @@ from jaxtrain.training.step import init_state
 from pallas_kernels.kernel_choice import OPS
 
 
-def losses(interpret, mesh=(1, 2, 2), steps=2):
+def losses(interpret, mesh=(1, 2, 2), steps=3):
     """Trains one layer with a document mask, with heads and rows sharded over several devices."""
     config = debug.get_config()
     config.kernels.interpret, config.data.document_mask, config.model.L = interpret, True, 1
