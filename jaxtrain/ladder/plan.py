@@ -82,7 +82,7 @@ class Plan(NamedTuple):
 
     def tokens(self, horizon: int) -> int:
         """Returns the tokens that a horizon trains on."""
-        return horizon * self.base.data.batch * self.base.data.seq_len
+        return self.base.data.tokens_before(horizon)
 
     def trunk_config(self, size: str, steps: int) -> TrainConfig:
         """Returns the config of a size's stable run, up to a step."""
