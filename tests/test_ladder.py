@@ -1,4 +1,4 @@
-"""The plan of a ladder, the fit of its losses, and one tiny ladder that is interrupted."""
+"""The plan of a ladder, the fit of its losses, and one tiny ladder."""
 
 import dataclasses
 import json
@@ -13,9 +13,11 @@ from jaxtrain.ladder.__main__ import check_prediction, predict_first, run_ladder
 from jaxtrain.ladder.fit import Point, _inputs, _jacobian, _log_loss, fit_losses
 from jaxtrain.ladder.plan import Cell, build_plan, size_config
 from jaxtrain.ladder.report import draw, write_result, write_table
-from jaxtrain.ladder.runs import Cost, check_folders, measure_cost
+from jaxtrain.ladder.runs import Cost, check_folders, measure_cost, read_loss
 from jaxtrain.metrics.jsonl import read_metrics
+from jaxtrain.run_directory.contents import load_train_config
 from jaxtrain.run_directory.lineage import read_lineage
+from jaxtrain.train import train
 
 A, B, E, ALPHA, BETA = 400.0, 900.0, 1.7, 0.35, 0.37
 
@@ -192,6 +194,17 @@ def test_a_ladder_trains_every_cell_as_a_branch_of_one_stable_run(trained):
     text = "\n".join(notes)
     assert text.index("16x2@4: predicted") < text.index("16x2: stable run")
     assert {"ladder.csv", "ladder.json", "ladder.png"} <= {p.name for p in found.folder.iterdir()}
+
+
+def test_a_horizon_from_a_branch_is_bitwise_the_separate_run(trained):
+    folder, found, fit, _ = trained
+    cell = Cell("16x1", 6)
+    cfg = load_train_config(found.branch_folder(cell))
+    alone = dataclasses.replace(cfg, workdir=str(folder / "alone"))
+    assert (alone.steps, alone.optim.schedule) == (6, "wsd")
+    assert train(alone, jax.devices()[:1], quiet=True) == 0
+    [loss] = [p.loss for p in fit.points if (p.size, p.horizon) == cell]
+    assert read_loss(found, folder / "alone") == loss
 
 
 def test_a_ladder_that_has_ended_trains_nothing_again(trained):
