@@ -179,8 +179,8 @@ def test_a_decay_after_the_peak_rate_and_another_branch_in_the_folder_are_refuse
         create_branch(plan_branch(trunk, 4, same.folder, load_train_config(trunk)))
 
 
-def test_a_stage_that_was_read_must_end_where_it_ended(trunk):
-    old, at = load_train_config(trunk), 4
+def test_a_stage_that_was_read_must_end_where_it_ended(tmp_path):
+    old, at = runs.debug_config(tmp_path, "text.txt", **VALUES), 4
     mixed = lambda end: dataclasses.replace(
         old.data, text="", mixture="a=x b=y", stages=f"a 0.9, b 0.1 until {end}; a 0.5, b 0.5"
     )
