@@ -197,7 +197,7 @@ def test_runs_of_another_ladder_are_refused_by_the_flag(trained):
     found, _ = trained
     check_folders(found)
     for match, other in (
-        ("decay to 3 steps must start at step .*16x1@3 starts at step 2.*Set --decay", 0.25),
+        ("decay to 6 steps must start at step 5 .*16x1@6 starts at step 4.*Set --decay", 0.25),
         ("seed=3, now 4", dataclasses.replace(found.base, seed=4)),
     ):
         other = {"decay": other} if isinstance(other, float) else {"base": other}
