@@ -28,7 +28,7 @@ from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.distributed.program import run_main
 from jaxtrain.interop.lm_eval_model import run_lm_eval
 from jaxtrain.interop.text_model import TextModel
-from jaxtrain.reporting.terminal import eval_text, set_up_logging, tasks_text
+from jaxtrain.reporting.terminal import eval_text, score_texts, set_up_logging
 from jaxtrain.run_directory.contents import read_config_json
 from jaxtrain.training.evaluation import Evaluator, warn_of_noise
 from jaxtrain.training.run import Run, restore_run
@@ -86,8 +86,8 @@ def main() -> None:
     if warning := warn_of_noise(metrics):
         print(warning, file=sys.stderr)
     print(f"step {int(state.step)}  {eval_text(metrics)}")
-    if text := tasks_text(metrics):
-        print(f"tasks  {text}")
+    for label, text in score_texts(metrics).items():
+        print(f"{label:<6} {text}")
     print(json.dumps({"step": int(state.step)} | metrics))
 
 

@@ -7,11 +7,12 @@ r"""Predicts memory, time and communication of a training step on GPUs that you 
     jaxtrain plan llama_1400m --sites=8xa40,8xa40 --sites.period=30 --link_mbit=100
 
 The first command compiles the step of a config for the chip, on this machine, and reads the
-compiled program. The second one searches for the fastest setting that fits and writes it as a
-config. The third one compares chips. The fourth one also predicts the time, with efficiencies that
-`jaxtrain bench --suite=first-day --out=DIR` measured on such a chip. The fifth one predicts what
-the exchange between sites costs, with every codec (docs/sites.md). Fields of the config
-(--model.remat=full) are flags, as in training.
+compiled program; with data.mixture it also prints how often the run reads each source. The second
+one searches for the fastest setting that fits and writes it as a config. The third one compares
+chips. The fourth one also predicts the time, with efficiencies that `jaxtrain bench
+--suite=first-day --out=DIR` measured on such a chip. The fifth one predicts what the exchange
+between sites costs, with every codec (docs/sites.md). Fields of the config (--model.remat=full) are
+flags, as in training.
 
 How to read the output:
     memory            bytes on one device, by use; the step fits if its peak is at most `usable`
@@ -51,6 +52,7 @@ from jaxtrain.planning.calibration import read_calibration  # noqa: E402
 from jaxtrain.planning.chip_comparison import compare_chips, print_shipped_configs  # noqa: E402
 from jaxtrain.planning.compiled import compile_plan  # noqa: E402
 from jaxtrain.planning.hardware import Hardware, build_hardware  # noqa: E402
+from jaxtrain.planning.mixture import mixture_text, plan_mixture  # noqa: E402
 from jaxtrain.planning.sites import plan_sites  # noqa: E402
 from jaxtrain.training.programs import size_config  # noqa: E402
 from pallas_kernels.chip import find_chip  # noqa: E402
@@ -81,6 +83,7 @@ def smallest_change(cfg: TrainConfig, hardware: Hardware, cache: str) -> str:
 def print_plan(cfg: TrainConfig, hardware: Hardware, args: flags.FlagValues) -> int:
     """Compiles one setting and prints its plan; returns the exit status."""
     calibration = read_calibration(args.calibrated, hardware.chip) if args.calibrated else None
+    mixture = _mixture_figures(cfg)  # before the compilation, as it may refuse the config
     sizes = sorted({phase.sequences for phase in cfg.data.sizes.phases}, reverse=True)
     plans = [compile_plan(size_config(cfg, size), hardware) for size in sizes]
     plan = plans[0]
@@ -90,6 +93,7 @@ def print_plan(cfg: TrainConfig, hardware: Hardware, args: flags.FlagValues) -> 
             figures["sizes"] = render.sizes_dict(plans)
         if calibration:
             figures["calibrated"] = render.calibrated_dict(plan, calibration)
+        figures |= mixture
         print(json.dumps(figures))
     else:
         print("\n".join(render.plan_lines(plan)), flush=True)
@@ -97,18 +101,25 @@ def print_plan(cfg: TrainConfig, hardware: Hardware, args: flags.FlagValues) -> 
             print("\n".join(render.sizes_lines(plans)))
         if calibration:
             print(render.calibrated_line(plan, calibration))
+        if mixture:
+            print(mixture_text(mixture["mixture"], cfg.steps))
         change = "" if plan.memory.fits else smallest_change(cfg, hardware, args.cache)
         print(render.fit_verdict(plan, change))
     return 0 if plan.memory.fits else 1
+
+
+def _mixture_figures(cfg: TrainConfig) -> dict[str, dict]:
+    rows = plan_mixture(cfg)
+    return {"mixture": rows} if rows else {}
 
 
 def print_estimate(cfg: TrainConfig, hardware: Hardware, args: flags.FlagValues) -> int:
     """Prints the memory by formula; returns the exit status."""
     estimate = memory_formula.estimate_memory(cfg, hardware.devices)
     fits = estimate.peak <= hardware.usable_bytes
-    sizes = estimate._asdict() | {"peak": estimate.peak}
+    sizes, mixture = estimate._asdict() | {"peak": estimate.peak}, _mixture_figures(cfg)
     if args.json:
-        print(json.dumps(sizes | {"fits": fits}))
+        print(json.dumps(sizes | {"fits": fits} | mixture))
     else:
         print(render.memory_table(sizes | {"usable": hardware.usable_bytes}))
         print(
@@ -116,6 +127,8 @@ def print_estimate(cfg: TrainConfig, hardware: Hardware, args: flags.FlagValues)
             f"{memory_formula.RELATIVE_ERROR:.0%} of the peak or "
             f"{memory_formula.ABSOLUTE_ERROR_BYTES / render.GIB:g} GiB, whichever is more."
         )
+        if mixture:
+            print(mixture_text(mixture["mixture"], cfg.steps))
     return 0 if fits else 1
 
 

@@ -63,7 +63,7 @@ from jaxtrain.training.finish import SAMPLE_FLAG, finish_run
 from jaxtrain.training.loop import Diverged, Loop
 from jaxtrain.training.mixture_report import mixture_lines
 from jaxtrain.training.programs import Programs, compile_programs
-from jaxtrain.training.reports import open_logger, open_webhook
+from jaxtrain.training.reports import open_logger, open_tracker, open_webhook
 from jaxtrain.training.resume import start_state
 from jaxtrain.training.run import Run, build_run
 from jaxtrain.training.sampling import decode_shell_text
@@ -107,7 +107,7 @@ def train(
     cfg, reason = resolve_dtype(cfg, (devices or jax.devices())[0], cfg.workdir)
     check_source(cfg.data, cfg.model.V)
     decode_shell_text(cfg.sample.prompt, SAMPLE_FLAG)
-    webhook = open_webhook(cfg, quiet)
+    webhook, tracker = open_webhook(cfg, quiet), open_tracker(cfg)
 
     # Mesh, kernel routes, model, loss and optimizer; no array is allocated yet.
     run = build_run(cfg, devices)
@@ -142,7 +142,7 @@ def train(
 
         # Logging: the start-up lines, config.json and the metrics files.
         stack.enter_context(checkpoints.add_newest_step_to_errors())
-        logger = stack.enter_context(open_logger(run, first, quiet, webhook))
+        logger = stack.enter_context(open_logger(run, first, quiet, webhook, tracker))
         hosts = gather_texts(socket.gethostname())
         lines = startup_lines(run, corpus, checkpoints, restored, reason, evaluator)
         logger.print_header([*lines, *mixture_lines(corpus, batches)])

@@ -24,7 +24,7 @@ from launch.host.exit_codes import INTERRUPTED
 from launch.host.files import write_text
 from launch.pull import RunCopy, Source, fetch, find_sources
 from launch.report.batch_sizes import describe_proposals, propose_schedule
-from launch.report.figures import latest, spark, table_of
+from launch.report.figures import latest, newest_scores, spark, table_of
 from launch.report.lineage import describe_lineage
 from launch.report.page import page
 from launch.report.run_folder import EVAL_LOSS, LOSS, NoRun, RunFolder, read_run
@@ -69,6 +69,7 @@ def as_json(run: RunFolder) -> dict:
         "proposed_batch_schedule": propose_schedule(run) or None,
         "lost_s": run.lost_s,
         **{metric: value for metric, value in last.items() if value is not None},
+        **newest_scores(run),
         **run.figures,
     }
 

@@ -61,13 +61,16 @@ LONGEST = (
     "test_training_stragglers.py",
 )
 
-# Further files that take over 2 s. All others are the fast subset: python -m pytest -m fast
+# Further files that take over 2 s or import torch. All others are the fast subset:
+# python -m pytest -m fast
 SLOW = """
 benchmarks_first_day benchmarks_optimizer benchmarks_transfer branching checkpoint_broken
 checkpoint_integrity
-checkpoint_manager checkpoint_processes config_command_line crosscheck_loops crosscheck_reordering
-crosscheck_torch_model data_encoding_cut_points data_encoding_journal data_encoding_pipeline
-data_loader data_tokenizer data_vocabulary distributed_mesh distributed_preemption docs docs_minimal
+checkpoint_manager checkpoint_processes config_command_line crosscheck_batches crosscheck_causes
+crosscheck_loops crosscheck_optimizer_check crosscheck_pretrained crosscheck_reordering
+crosscheck_torch_data crosscheck_torch_model crosscheck_trace data_encoding_cut_points
+data_encoding_journal data_encoding_pipeline data_loader data_tokenizer data_vocabulary
+distributed_mesh distributed_preemption docs docs_minimal
 doctor evaluate generate interop_configs interop_export interop_families_transformers interop_hf
 interop_hf_tokenizer interop_nanochat interop_run_weights interop_training interop_vocabulary
 kernels_ampere kernels_key_blocks kernels_mosaic kernels_nonfinite kernels_query_blocks
@@ -106,6 +109,12 @@ def pytest_configure(config):
         raise pytest.UsageError(
             f"-m gpu needs a GPU; got {jax.default_backend()}. Set JAX_PLATFORMS=cuda."
         )
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leaves the slow files out of the fast subset, so that it need not import them."""
+    if config.option.markexpr == "fast" and collection_path.name in SLOW_FILES:
+        return True
 
 
 def pytest_unconfigure():

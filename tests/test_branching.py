@@ -37,7 +37,10 @@ VALUES |= {"optim__schedule": "constant", "sample__tokens": 0, "eval_tokens": 25
 @pytest.fixture(scope="module")
 def trunk(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    cfg = runs.debug_config(folder / "trunk", runs.write_text(folder), **VALUES)
+    sums = [{"context": "1 plus 2 is", "choices": ["3", "4"], "label": label} for label in (0, 1)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in sums))
+    tasks = {"eval__tasks": f"sums='{folder}/sums.jsonl'"}
+    cfg = runs.debug_config(folder / "trunk", runs.write_text(folder), **VALUES, **tasks)
     assert train(cfg, jax.devices()[:1], quiet=True) == 0
     return folder / "trunk"
 
@@ -226,12 +229,16 @@ def test_an_average_is_that_of_the_evaluated_weights_and_a_run_of_its_own(trunk,
     assert read_lineage(to)["steps"] == steps
     text = format_figures(steps, [1 / 3] * 3, figures)
     assert f"{figures['merge']['eval/loss_nats']:10.4f}" in text
+    assert f"step 6   tasks: sums {100 * want['eval/sums_accuracy']:.1f}" in text
+    assert "average  tasks: sums " in text and "eval/sums_accuracy" in figures["merge"]
     with pytest.raises(ValueError, match="--to must be a new folder"):
         merge(trunk, steps, "uniform", to)
     with pytest.raises(ValueError, match="--steps must be a checkpoint .* kept: 2, 4, 6; got 5"):
         merge(trunk, [2, 5], "uniform", tmp_path / "new")
     with pytest.raises(ValueError, match="two or more different"):
         merge(trunk, [2, 2], "uniform", tmp_path / "new")
+    with pytest.raises(ValueError, match="does not exist. Set --tasks"):
+        merge(trunk, steps, "uniform", tmp_path / "new", tasks="gone=/no/such.jsonl")
 
 
 def test_an_average_can_be_branched(trunk, tmp_path):

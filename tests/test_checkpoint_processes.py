@@ -2,11 +2,8 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import textwrap
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +12,7 @@ from checkpoint_states import FSDP, abstract, mesh_of, truncate
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import runs
 from jaxtrain.checkpoint.manager import Checkpoints
 
 KILLED = """
@@ -31,9 +29,7 @@ KILLED = """
 
 
 def start(program, *args, **env):
-    command = [sys.executable, "-c", textwrap.dedent(program), *map(str, args)]
-    root = str(Path(__file__).parents[1])
-    return subprocess.Popen(command, cwd=root, env={**os.environ, **env}, stderr=subprocess.PIPE)
+    return runs.fork_program(textwrap.dedent(program), *args, env={**os.environ, **env})
 
 
 def test_kill_9_in_the_middle_of_a_save_leaves_the_last_good_step(tmp_path):
@@ -42,7 +38,7 @@ def test_kill_9_in_the_middle_of_a_save_leaves_the_last_good_step(tmp_path):
         folder = tmp_path / str(delay_s)
         child = start(KILLED, folder)
         while not list(folder.glob("2.*")) and not (folder / "2").exists():  # the save has begun
-            assert child.poll() is None, child.communicate()[1].decode()
+            assert child.poll() is None, child.communicate()[1]
             time.sleep(0.001)
         time.sleep(delay_s)
         child.send_signal(signal.SIGKILL)
@@ -149,7 +145,7 @@ def test_all_processes_skip_a_step_that_only_one_of_them_cannot_read(tmp_path):
         )
         for i in "01"
     ]
-    errors = [child.communicate(timeout=120)[1].decode() for child in children]
+    errors = [child.communicate(timeout=120)[1] for child in children]
     assert [child.returncode for child in children] == [0, 0], "\n".join(errors)
     assert (tmp_path / "own/checkpoints_rejected/2").is_dir()  # only process 0 moves
     assert (tmp_path / "own/1/2").exists()

@@ -40,14 +40,13 @@ def test_an_entry_whose_error_is_small_by_luck_gets_that_of_its_row_and_column()
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """Returns {precision: (Start, trace of the jaxtrain side)} of a Llama under Muon and AdamW."""
+    """Returns {precision: (Start, trace of the jaxtrain side)} of a small Llama."""
     folder = tmp_path_factory.mktemp("rounding")
     (folder / "text.txt").write_text(TEXT)
     made = {}
-    for precision in ("float32", "float64"):
-        cfg = small_config(
-            "llama", folder / precision, folder / "text.txt", precision, 4, weight_decay=0.1
-        )
+    for precision, optimizer in (("float32", "muon"), ("float64", "adamw")):
+        paths, options = (folder / precision, folder / "text.txt"), {"weight_decay": 0.1}
+        cfg = small_config("llama", *paths, precision, 3, name=optimizer, **options)
         path = folder / f"{precision}.jsonl"
         made[precision] = record_jax(cfg, path, keep_batches=True, measure_rounding=True)
     return made
@@ -102,7 +101,7 @@ def test_without_measured_rounding_the_report_says_that_the_tolerances_are_a_for
 def test_newton_schulz_in_bfloat16_agrees_within_its_own_rounding(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     cfg = small_config(
-        "llama", tmp_path, tmp_path / "text.txt", "float32", 5, ns_dtype="bfloat16", ns_form="torch"
+        "llama", tmp_path, tmp_path / "text.txt", "float32", 3, ns_dtype="bfloat16", ns_form="torch"
     )
     start, ours = record_jax(cfg, tmp_path / "o.jsonl", measure_rounding=True)
     theirs = record_torch(start, tmp_path / "t.jsonl")  # torch.optim.Muon's arithmetic, bit by bit

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
+import runs
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 
 
 def test_generated_pages_and_notebooks_are_current():
-    check = [sys.executable, "docs/generate.py", "--check"]
-    result = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    program = "import runpy\nrunpy.run_path('docs/generate.py', run_name='__main__')"
+    runs.finish(runs.fork_program(program, "--check"))
 
 
 @pytest.mark.parametrize("name", ["gpt_on_one_screen", "compare_optimizers", "use_optimizers"])

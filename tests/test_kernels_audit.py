@@ -5,6 +5,7 @@ Each compilation has its own process: JAX_PLATFORMS must be set before jax is im
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -19,12 +20,13 @@ pytest.importorskip("jax_cuda12_plugin", reason="the compiler for GPUs is missin
 from pallas_kernels import mosaic  # noqa: E402
 from pallas_kernels.audit import find_faults  # noqa: E402
 from pallas_kernels.audit_cases import CASES, contest_cases  # noqa: E402
+from pallas_kernels.call_flops import ATTENTION_WORK  # noqa: E402
 from pallas_kernels.chip import find_chip  # noqa: E402
 from pallas_kernels.cubin import Resources, find_cubins  # noqa: E402
 from pallas_kernels.machine_code import Loop  # noqa: E402
 from pallas_kernels.offline import KernelReport  # noqa: E402
 from pallas_kernels.targets import read_targets  # noqa: E402
-from pallas_kernels.tiles import MOSAIC, AttentionTiles  # noqa: E402
+from pallas_kernels.tiles import MOSAIC, MOSAIC_HEADS, AttentionTiles  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -40,32 +42,53 @@ def run_python(server):
     return server.run
 
 
-# All of attention, whose kernels differ by head width and documents; otherwise each kernel once.
+# Each kernel once for each chip, attention with heads of 64 on one and of 128 on the other. The
+# command compiles all cases, which takes minutes.
 AUDIT = """
 from pallas_kernels import audit
-others = {case.name: case for case in reversed(audit.CASES) if case.op != "attention"}
-audit.CASES[:] = [case for case in audit.CASES if case.op == "attention"] + [*others.values()]
+
+def audit_once(chip, audit_cases=audit.audit):
+    K = {"a40": 64, "h100": 128}[chip.name]
+    cases = [case for case in reversed(audit.CASES) if case.op != "attention" or case.K == K]
+    return audit_cases(chip, [*{case.name: case for case in cases}.values()])
+
+audit.audit = audit_once
 audit.main()
 """
+AUDITED = [*{case.name: case for case in reversed(CASES)}.values()]
 
 
-def test_the_audit_passes_for_both_chips(run_python, tmp_path):
+def test_the_audit_of_each_kernel_at_one_size_passes_for_both_chips(run_python, tmp_path):
     done = run_python(AUDIT, f"--json={tmp_path}/audit.json")
     assert done.returncode == 0, done.stdout + done.stderr
     words = [line.split()[:2] for line in done.stdout.splitlines()]
     names = lambda body: {words_[0] for words_ in words if words_[1:] == [body]}
-    assert names("triton") == {case.name for case in CASES if not case.tiles}
-    hopper = {case.name for case in CASES if case.kernel in MOSAIC["sm_90"].get(case.op, ())}
+    assert names("triton") == {case.name for case in AUDITED if not case.tiles}
+    hopper = {case.name for case in AUDITED if case.kernel in MOSAIC["sm_90"].get(case.op, ())}
     assert names("mosaic") == (hopper if mosaic.USABLE else set())
-    ampere = {case.name for case in CASES if case.kernel in MOSAIC["sm_86"].get(case.op, ())}
+    ampere = {case.name for case in AUDITED if case.kernel in MOSAIC["sm_86"].get(case.op, ())}
     assert names("ampere") == (ampere if mosaic.USABLE else set())
     assert mosaic.REASON in done.stdout and "audit passed" in done.stdout
     check_bounds(json.loads((tmp_path / "audit.json").read_text())["kernels"])
 
 
+def test_the_command_has_every_kernel_for_both_widths_of_heads_and_no_case_twice():
+    keys = [(case.name, case.shape, case.only_body, case.hbm_bytes) for case in CASES]
+    assert len(set(keys)) == len(keys)
+    tiled = {(op, kernel) for ops in MOSAIC.values() for op in ops for kernel in ops[op]}
+    assert {(case.op, case.kernel) for case in CASES if case.kernel} == tiled
+    for kernel in ATTENTION_WORK:
+        assert {case.K for case in CASES if case.kernel == kernel} == {*MOSAIC_HEADS}
+    for case in CASES:
+        sizes = tuple(map(int, re.findall(r"\d+", case.shape)))
+        assert sizes[: len(case.sizes)] == case.sizes, case
+        assert (f"W={case.window}" in case.shape) == bool(case.window), case
+        assert (case.flops > 0) == case.tensor_core and case.hbm_bytes > 0, case
+
+
 def check_bounds(rows):
     """Checks that exactly the kernels with products have loops, and their bounds are in order."""
-    cases = [case for case in CASES if mosaic.USABLE or case.only_body != "mosaic"]
+    cases = [case for case in AUDITED if mosaic.USABLE or case.only_body != "mosaic"]
     products = {case.name for case in cases if case.op in ("attention", "head", "square")}
     assert {row["kernel"] for row in rows if "loops" in row} == products
     for row in rows:

@@ -46,7 +46,7 @@ def test_the_time_left_is_that_of_the_tokens_left(tmp_path):
     assert progress(run) == "8 of 11, 6 s left"
 
 
-def write_noise(folder, scales, signal=1e-3, every=10):
+def write_noise(folder, scales, signal=1e-3, every=10, jitter=0.0):
     """Writes a run that was diagnosed every 10 steps, with these noise scales in tokens."""
     write_run(folder, series(every * len(scales)))
     config = json.loads((folder / "config.json").read_text())
@@ -54,7 +54,8 @@ def write_noise(folder, scales, signal=1e-3, every=10):
     (folder / "config.json").write_text(json.dumps(config))
     with open(folder / "metrics.jsonl", "a") as file:
         for i, scale in enumerate(scales, 1):
-            record = {"step": every * i, "time": 1.7e9, NOISE: scale * signal, SIGNAL: signal}
+            measured = signal + (jitter if i % 2 else -jitter)
+            record = {"step": every * i, "time": 1.7e9, NOISE: scale * signal, SIGNAL: measured}
             file.write(json.dumps(record) + "\n")
     return read_run(folder)
 
@@ -77,6 +78,10 @@ def test_a_falling_or_noisy_scale_proposes_the_ratio_of_the_means(tmp_path):
     assert propose_schedule(falling) == "0:64"
     negative = write_noise(tmp_path / "negative", [64 * T] * 8, signal=-1e-3)
     assert propose_schedule(negative) == ""
+    unknown = write_noise(tmp_path / "unknown", [64 * T] * 8, jitter=3e-3)
+    assert propose_schedule(unknown) == ""  # the mean is within its error of 0
+    known = write_noise(tmp_path / "known", [64 * T] * 8, jitter=0.5e-3)
+    assert propose_schedule(known) == "0:64"
     few = write_noise(tmp_path / "few", [64 * T] * 7)
     assert propose_schedule(few) == ""
     assert summary.as_json(few)["proposed_batch_schedule"] is None

@@ -152,6 +152,27 @@ def words_of_page(run):
     return tuple(rows[name].replace("\u202f", " ") for name in names)
 
 
+def test_the_newest_scores_of_tasks_and_held_out_texts_are_rows_and_figures(tmp_path):
+    folder = write_run(tmp_path / "run", series(20))
+    for step, accuracy in ((10, 0.1), (20, 0.2712)):
+        line = {"step": step, "time": 1.7e9 + step, "eval/loss_nats": 3.0, "eval/tokens": 9}
+        line |= {"eval/arc_accuracy": accuracy, "eval/arc_accuracy_stderr": 0.019}
+        line |= {"eval/arc_accuracy_norm": 0.5, "eval/words_accuracy": 1.0}
+        line |= {
+            "eval/web_loss_nats": 2.5,
+            "eval/web_bits_per_byte": 1.25,
+            "eval/nan_loss_nats": "nan",
+        }
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+    rows = dict(rows_of(run := read_run(folder)))
+    assert rows["arc, accuracy"] == "27.1 ± 1.9 %" and rows["words, accuracy"] == "100.0 %"
+    assert rows["web, held-out nats"] == "2.5000" and rows["web, bits/byte"] == "1.2500"
+    assert not [name for name in rows if name.startswith(("nan", "arc_accuracy"))]
+    assert summary.as_json(run)["eval/arc_accuracy_norm"] == 0.5
+    assert "27.1 ± 1.9 %" in page([run])
+
+
 def test_figures_that_were_not_measured_are_not_shown(runs):
     names = [name for name, _ in rows_of(runs[2])]
     assert not {"MFU, causal", "MBU"} & set(names) and "step p50" in names

@@ -1,7 +1,9 @@
 import json
+import time
 
 import pytest
 
+from jaxtrain.distributed.heartbeat import beat
 from jaxtrain.metrics.collector import Collector
 from jaxtrain.metrics.hlo_collectives import Collective
 from jaxtrain.metrics.mfu import StepWork
@@ -107,6 +109,27 @@ def test_a_step_during_a_background_save_is_recorded_as_such(tmp_path):
         collector.tick(1, skipped=False)
         [record] = collector.log._buffer
     assert record.activities == ("start", "save")
+
+
+def test_steps_of_another_size_are_compared_with_their_own_kind_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(beat, "_path", str(tmp_path / "beat"))
+    monkeypatch.setitem(beat._record, "step_s", 2.0)
+    with build(tmp_path, None) as collector:
+        for step in range(1, 13):
+            collector.tick(step, skipped=False)
+        collector.summary()
+        collector.use(collector.work._replace(tokens=400))
+        # The launcher allows a multiple of this time before it calls a process stuck.
+        assert json.loads((tmp_path / "beat").read_text())["step_s"] == 8.0
+        time.sleep(0.05)
+        collector.tick(13, skipped=False)
+        window, total = collector.summary(), collector.total()
+    assert window["perf/tokens_per_s"] * window["perf/step_time_s"] == pytest.approx(400)
+    assert collector.timer.usual_s() == pytest.approx(window["perf/step_time_s"])
+    assert total["perf/tokens"] == 12 * 100 + 400
+    assert [line["step"] for line in lines(tmp_path) if line.get("first")] == [1, 13]
+    outliers = [line["step"] for line in lines(tmp_path) if line.get("event") == "outlier"]
+    assert 13 not in outliers
 
 
 def test_one_host_reads_network_counters_only_if_an_interface_is_set(monkeypatch):

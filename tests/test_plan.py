@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import xla_flags
 
 from configs import llama_1400m
 from jaxtrain.config.train_config import freeze
@@ -21,7 +22,8 @@ os.environ["JAX_PLATFORMS"] = PLATFORMS  # the command sets it
 def test_a_plan_over_hosts_reports_memory_communication_and_routes(tmp_path):
     for name, reason in (("cramjam", "offline extra"), ("jax_cuda12_plugin", "GPU compiler")):
         pytest.importorskip(name, reason=f"the {reason} is missing")
-    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    env["XLA_FLAGS"] = xla_flags.QUICK_GPU
     argv = [sys.executable, "-m", "jaxtrain.plan", "debug", "--gpus=2", "--hosts=2", "--json"]
     argv += [f"--calibrated={tmp_path / 'calibration.json'}"]
     half = {"products": 0.5, "attention": 0.5, "memory": 0.5}

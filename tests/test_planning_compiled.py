@@ -1,10 +1,11 @@
-"""Steps compiled for an A40, in one process without the test suite's XLA flags."""
+"""Steps compiled for an A40, in one process without the test suite's devices."""
 
 import os
 import subprocess
 import sys
 
 import pytest
+import xla_flags
 
 from jaxtrain.planning.memory_formula import ABSOLUTE_ERROR_BYTES, RELATIVE_ERROR
 
@@ -63,8 +64,8 @@ print(run.routes["attention"].implementation, *notes)
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory):
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    env |= {
+    env = os.environ | {
+        "XLA_FLAGS": xla_flags.QUICK_GPU,
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

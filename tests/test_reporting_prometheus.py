@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxtrain.metrics.names import measured_names, prometheus_name
+from jaxtrain.metrics.names import describe_metric, measured_names, prometheus_name
 from jaxtrain.reporting.prometheus import PrometheusExporter
 
 DASHBOARD = Path(__file__).parent.parent / "docs" / "grafana.json"
@@ -45,6 +45,17 @@ def test_the_page_shows_the_newest_value_of_every_metric(exporter):
     text = measured_names()["perf/step_time_s"]
     assert f"# HELP jaxtrain_perf_step_time_s {text}\n" in page
     assert "# TYPE jaxtrain_perf_step_time_s gauge\n" in page
+
+
+def test_the_metrics_of_sources_and_tasks_are_described(exporter):
+    names = ["data/web_tokens", "data/my_code_epochs", "eval/web_loss_nats", "eval/a_accuracy_norm"]
+    names += ["eval/a_accuracy_norm_stderr", "eval/arc_examples", "eval/web_bits_per_byte"]
+    exporter.write(1, 0.0, dict.fromkeys(names, 1.0))
+    page = read(exporter)
+    for name in names:
+        exported = prometheus_name(name)
+        assert f"# HELP {exported} " in page and f"# HELP {exported} {name}" not in page
+    assert describe_metric("eval/loss_nats") == "eval/loss_nats"  # of no source
 
 
 def test_no_file_can_be_read_through_the_exporter(exporter):

@@ -18,9 +18,9 @@ from jaxtrain.reporting.terminal import (
     closing_lines,
     format_duration,
     format_seconds,
+    score_texts,
     set_up_logging,
     step_text,
-    tasks_text,
 )
 
 METRICS = {"train/loss_nats": 2.413, "perf/tokens_per_s": 6842.0, "perf/step_time_s": 0.299}
@@ -135,17 +135,17 @@ def test_durations_read_like_a_clock(seconds, text):
     assert format_duration(seconds) == text
 
 
-def test_scores_of_tasks_are_one_line_without_what_is_unknown():
+def test_scores_of_tasks_and_of_held_out_texts_are_one_line_each_without_what_is_unknown():
     arc = {"accuracy": 0.2713, "accuracy_stderr": 0.0191, "accuracy_norm": 0.295, "examples": 1570}
     metrics = {"eval/loss_nats": 1.7, "eval/accuracy_norm_loss_nats": 2.0}
     metrics |= {f"eval/arc_easy_{name}": value for name, value in arc.items()}
     metrics |= {"eval/words_accuracy": 1.0, "eval/words_examples": 1}
     metrics |= {"eval/wiki_loss_nats": 1.0, "eval/wiki_bits_per_byte": 1.2344}
-    assert tasks_text(metrics) == (
-        "accuracy_norm 2.000 nats/token  arc_easy 27.1 ± 1.9 % (norm 29.5) of 1,570  "
-        "words 100.0 % of 1  wiki 1.234 bits/byte"
-    )
-    assert tasks_text({"eval/loss_nats": 1.7, "eval/bits_per_byte": 2.4}) == ""
+    assert score_texts(metrics) == {
+        "held-out": "accuracy_norm 2.000 nats/token  wiki 1.234 bits/byte",
+        "tasks": "arc_easy 27.1 ± 1.9 % (norm 29.5) of 1,570  words 100.0 % of 1",
+    }
+    assert score_texts({"eval/loss_nats": 1.7, "eval/bits_per_byte": 2.4}) == {}
 
 
 def test_the_evaluated_weights_are_named_only_if_they_are_not_the_parameters():

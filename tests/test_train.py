@@ -57,6 +57,17 @@ def trained(tmp_path_factory, text, tasks):
     return workdir
 
 
+PLAIN = dict(steps=10, optim__name="adamw", model__L=1, sample__tokens=0)  # compiles fastest
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, text):
+    """The directory of a finished run of PLAIN, which other tests repeat or resume."""
+    workdir = tmp_path_factory.mktemp("plain")
+    assert train(config(workdir, text, **PLAIN), jax.devices()[:1], quiet=True) == 0
+    return workdir
+
+
 def test_a_run_learns_its_text(trained):
     logged = dict(runs.losses(trained))
     assert list(logged) == list(range(1, 41))
@@ -101,11 +112,11 @@ def test_a_run_directory_has_step_times_utilisation_and_lost_time(trained):
 
 
 def test_a_resumed_run_prints_the_step_times_that_launch_summary_shows(
-    trained, text, tmp_path, capsys
+    plain, text, tmp_path, capsys
 ):
     """Both exclude the first step of each start."""
-    shutil.copytree(trained, tmp_path / "run")
-    cfg = config(tmp_path / "run", text, steps=44, optim__total_steps=40, sample__tokens=0)
+    shutil.copytree(plain, tmp_path / "run")
+    cfg = config(tmp_path / "run", text, **PLAIN | {"steps": 14, "optim__total_steps": 10})
     assert train(cfg, jax.devices()[:1]) == 0
     out = capsys.readouterr().out
     figures = read_run(tmp_path / "run").figures
@@ -114,48 +125,88 @@ def test_a_resumed_run_prints_the_step_times_that_launch_summary_shows(
         assert f"{name} {seconds(figures[f'perf/step_{metric}'])}" in out
     assert f"{grouped(figures['perf/tokens_per_s'])} tok/s".replace("\u202f", " ") in out
     first = [r["step"] for r in runs.read_metrics(tmp_path / "run/hosts/0.jsonl") if "first" in r]
-    assert first == [1, 41]
+    assert first == [1, 11]
 
 
-def test_the_commands_printed_after_a_run_work_and_evaluate_agrees_with_the_summary(trained):
+def check_evaluate(trained, out):
+    """Checks that evaluate prints what summary.json has."""
+    figures = json.loads(out.splitlines()[-1])
+    summary = json.loads((trained / "summary.json").read_text())
+    assert (figures.pop("step"), figures["eval/sums_examples"]) == (40, 19)
+    # Evaluate reads all of the text `again`, of which the run read a part.
+    same = {name: x for name, x in figures.items() if not name.startswith("eval/again")}
+    assert {"eval/loss_nats", "eval/sums_accuracy"} <= same.keys() < figures.keys()
+    assert same == pytest.approx({name: summary[name] for name in same}, rel=1e-5)
+
+
+def check_generate(out):
+    assert out.count("\n1 plus") == 2 and out.count("\n59 \\xe9") == 2
+    for i in range(1, 5):
+        assert f"--- sample {i} of 4 " in out
+    assert "4 x 8 tokens" in out and "tokens/s" in out
+
+
+def test_the_commands_printed_after_a_run_work_in_an_ascii_locale_too(trained):
+    """The run used one device, and evaluate uses eight."""
     title, *lines = next_commands(trained)
     assert title == "next:" and len(lines) == 3
-    outputs = {}
+    pipes = {"capture_output": True, "text": True, "timeout": 240, "cwd": runs.ROOT}
     for line, name in zip(lines, ("evaluate", "generate", "summary"), strict=True):
         assert line.startswith(f"  {jaxtrain_program()} {name} ")
         arguments = line.removeprefix(f"  {jaxtrain_program()} {name} ")
-        if name == "summary":
-            pasted = f"{sys.executable} -m launch.summary {arguments}"
-            subprocess.run(pasted, shell=True, cwd=runs.ROOT, check=True)
-        else:
-            done = runs.fork_command(name, *shlex.split(arguments))
-            outputs[name], errors = done.communicate()
-            assert done.returncode == 0, errors
-    figures = json.loads(outputs["evaluate"].splitlines()[-1])
-    summary = json.loads((trained / "summary.json").read_text())
-    assert figures["eval/tokens"] == summary["eval/tokens"] and figures["step"] == 40
-    assert figures["eval/loss_nats"] == pytest.approx(summary["eval/loss_nats"], rel=1e-5)
+        if name == "evaluate":
+            process = runs.fork_command(name, *shlex.split(arguments))
+            printed, errors = process.communicate()
+            assert process.returncode == 0, errors
+            check_evaluate(trained, printed)
+            continue
+        module, env = "launch.summary", os.environ.copy()
+        if name == "generate":
+            module, env = "jaxtrain.generate", env | runs.ASCII
+            arguments += " --prompt='1 plus' --prompt='59 é' --tokens=8"
+        pasted = f"{sys.executable} -m {module} {arguments}"
+        done = subprocess.run(pasted, shell=True, env=env, **pipes)
+        assert done.returncode == 0, done.stderr
+        if name == "generate":
+            check_generate(done.stdout + done.stderr)
 
 
-def test_trace_phases_prometheus_and_diagnosis_change_no_loss(tmp_path, text, trained):
-    values = dict(steps=10, optim__total_steps=40, sample__tokens=0, eval_tokens=256)
+class Tracker:
+    """Stores what it gets."""
+
+    written, summaries = [], []
+
+    def start(self, workdir, resume_step, config):
+        assert config["config"]["steps"] == 10 and resume_step == 0
+
+    def write(self, step, time_s, metrics):
+        self.written.append({"step": step, "time": time_s} | metrics)
+
+    def finish(self, summary):
+        self.summaries.append(summary)
+
+
+def test_trace_phases_exports_and_diagnosis_change_no_loss(tmp_path, text, plain):
     extras = dict(profile__steps=2, measure__phases=True, export__port=runs.free_port())
-    cfg = config(tmp_path, text, **values, **extras, diagnose_every=5)
+    extras["export__tracker"] = f"{__name__}:Tracker"
+    cfg = config(tmp_path, text, **PLAIN, **extras, eval_tokens=256, diagnose_every=5)
     train(cfg, jax.devices()[:1], quiet=True)
-    assert runs.losses(tmp_path) == runs.losses(trained)[:10]
+    assert Tracker.written == runs.read_metrics(tmp_path / "metrics.jsonl")
+    assert Tracker.summaries == [json.loads((tmp_path / "summary.json").read_text())]
+    assert runs.losses(tmp_path) == runs.losses(plain)
     records = runs.read_metrics(tmp_path / "metrics.jsonl")
     assert any("perf/phase_forward_backward_s" in record for record in records)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     name = "optim/matrices/momentum_stable_rank"
     assert [record["step"] for record in records if name in record] == [5, 10]
-    assert not any(name in record for record in runs.read_metrics(trained / "metrics.jsonl"))
+    assert not any(name in record for record in runs.read_metrics(plain / "metrics.jsonl"))
 
 
-def test_a_short_run_evaluates_no_more_tokens_than_it_trained_on(tmp_path, text):
-    cfg = config(tmp_path, text, steps=1, optim__total_steps=40, sample__tokens=0)
-    assert train(cfg, jax.devices()[:1], quiet=True) == 0
-    read = json.loads((tmp_path / "summary.json").read_text())["eval/tokens"]
-    assert read <= cfg.data.batch * cfg.data.seq_len < cfg.eval_tokens
+def test_a_short_run_evaluates_no_more_tokens_than_it_trained_on(plain):
+    cfg = load_train_config(plain)
+    trained_on = cfg.steps * cfg.data.batch * cfg.data.seq_len
+    read = json.loads((plain / "summary.json").read_text())["eval/tokens"]
+    assert read <= trained_on < cfg.eval_tokens
 
 
 def test_starting_a_finished_run_again_prints_that_nothing_is_left_and_logs_nothing(
@@ -194,15 +245,17 @@ def test_a_warm_up_longer_than_the_run_is_warned_of(trained, text, warmup_steps,
 
 
 def test_a_run_killed_after_its_last_save_only_evaluates_and_writes_the_summary(
-    trained, text, tmp_path
+    plain, text, tmp_path
 ):
-    shutil.copytree(trained, tmp_path / "run")
+    shutil.copytree(plain, tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
-    cfg = config(tmp_path / "run", text, steps=40, sample__tokens=0)
-    assert train(cfg, jax.devices()[:1], quiet=True) == 0
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["perf/steps"] == 0 and summary["eval/loss_nats"] < 3.5
-    assert runs.losses(tmp_path / "run") == runs.losses(trained)
+    assert train(config(tmp_path / "run", text, **PLAIN), jax.devices()[:1], quiet=True) == 0
+    summary, before = (
+        json.loads((folder / "summary.json").read_text()) for folder in (tmp_path / "run", plain)
+    )
+    assert summary["perf/steps"] == 0
+    assert summary["eval/loss_nats"] == before["eval/loss_nats"]
+    assert runs.losses(tmp_path / "run") == runs.losses(plain)
 
 
 def test_other_data_in_the_same_folder_is_refused(trained, text, tmp_path):
@@ -210,24 +263,6 @@ def test_other_data_in_the_same_folder_is_refused(trained, text, tmp_path):
     other.write_text(text.read_text().replace("plus", "and"))
     with pytest.raises(ValueError, match="fingerprint"):
         train(config(trained, other, steps=50), jax.devices()[:1], quiet=True)
-
-
-def restore_and_evaluate(workdir):
-    """Returns (restored state, metrics on its own text and tasks, as summary.json has them)."""
-    run, state = restore_run(workdir)
-    corpus, evaluator = open_data(run)
-    metrics = evaluator.evaluate(state, max_tokens=token_limit(run.cfg))
-    assert evaluator.evaluate(state, lambda: "SIGTERM") is None
-    assert len([*evaluator.describe()]) == 2 and run.mesh.size == 8
-    return state, metrics
-
-
-def test_a_restored_run_evaluates_on_any_number_of_devices(trained):
-    state, metrics = restore_and_evaluate(trained)
-    summary = json.loads((trained / "summary.json").read_text())
-    assert metrics == pytest.approx({name: summary[name] for name in metrics}, rel=1e-5)
-    assert {"eval/sums_accuracy", "eval/again_bits_per_byte"} <= metrics.keys()
-    assert (int(state.step), metrics["eval/sums_examples"]) == (40, 19)
 
 
 def test_a_run_is_restored_with_this_machines_routes_not_those_it_was_trained_with(
@@ -248,8 +283,8 @@ def test_a_run_is_restored_with_this_machines_routes_not_those_it_was_trained_wi
 
 def test_too_many_skipped_steps_stop_the_run_and_name_the_flag(tmp_path, text):
     wild = dict(optim__learning_rate=1e38, optim__adam_learning_rate=1e38, optim__warmup_steps=0)
-    wild |= dict(optim__name="adamw")  # compiles fastest
-    cfg = config(tmp_path, text, steps=30, max_bad_steps=3, save_every=1, **wild)
+    wild |= PLAIN | dict(steps=30, max_bad_steps=3, save_every=1)
+    cfg = config(tmp_path, text, **wild)
     with pytest.raises(Diverged, match="--optim.learning_rate"):
         train(cfg, jax.devices()[:1], quiet=True)
     assert runs.losses(tmp_path)[-1][0] <= 6
@@ -257,8 +292,8 @@ def test_too_many_skipped_steps_stop_the_run_and_name_the_flag(tmp_path, text):
 
 
 def test_two_processes_train_as_one_and_one_resumes_their_run(tmp_path, text, tasks, trained):
-    """Their mesh of 4 devices agrees with a run on one device, and a mesh of 2 resumes."""
-    values = dict(steps=10, save_every=10, sample__tokens=0, mesh__fsdp=2, mesh__tensor=2)
+    """Their mesh of 4 devices agrees with a run on one device, which resumes theirs."""
+    values = dict(steps=6, save_every=6, sample__tokens=0, mesh__fsdp=2, mesh__tensor=2)
     values |= dict(optim__total_steps=40, optim__ns_dtype="float32", compile_cache="")
     values |= dict(measure__straggler_every=2, measure__straggler_cost=1e3, eval__tasks=tasks)
     flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in values.items()]
@@ -268,31 +303,23 @@ def test_two_processes_train_as_one_and_one_resumes_their_run(tmp_path, text, ta
     ]
     for process in processes:
         runs.finish(process)
-    two, one = dict(runs.losses(folder)), dict(runs.losses(trained)[:10])
-    assert list(two) == list(one) == list(range(1, 11))
-    assert all(two[n] == pytest.approx(one[n], rel=1e-5) for n in one)
+    two, one = dict(runs.losses(folder)), dict(runs.losses(trained)[:6])
+    assert list(two) == list(one) == list(range(1, 7))
+    assert two == pytest.approx(one, rel=1e-5)
     for i in range(2):
         lines = runs.read_metrics(folder / f"hosts/{i}.jsonl")
-        assert [line["step"] for line in lines if line.get("event") == "probe"] == [2, 4, 6, 8, 10]
+        assert [line["step"] for line in lines if line.get("event") == "probe"] == [2, 4, 6]
+    # The summary has the metrics of the restored run, on the text and tasks, on 8 devices.
     summary = json.loads((folder / "summary.json").read_text())
-    metrics = restore_and_evaluate(folder)[1]
+    run, state = restore_run(folder)
+    evaluator = open_data(run)[1]
+    metrics = evaluator.evaluate(state, max_tokens=token_limit(run.cfg))
+    assert run.mesh.size == 8 and len([*evaluator.describe()]) == 2
     assert metrics == pytest.approx({name: summary[name] for name in metrics}, rel=1e-5)
-    longer = config(folder, text, **values | dict(steps=15, mesh__tensor=1))
-    train(longer, jax.devices()[:2], quiet=True)
-    assert dict(runs.losses(folder)) == pytest.approx(dict(runs.losses(trained)[:15]), rel=1e-5)
-
-
-def test_generate_numbers_the_samples_of_each_prompt_in_an_ascii_locale(trained):
-    argv = [sys.executable, "-m", "jaxtrain.generate", f"--run={trained}"]
-    argv += ["--prompt=1 plus", "--prompt=59 é", "--samples=2", "--tokens=8"]
-    pipes = {"capture_output": True, "text": True, "timeout": 240}
-    done = subprocess.run(argv, cwd=runs.ROOT, env=os.environ | runs.ASCII, **pipes)
-    assert done.returncode == 0, done.stderr
-    out = done.stdout + done.stderr
-    assert out.count("\n1 plus") == 2 and out.count("\n59 \\xe9") == 2
-    for i in range(1, 5):
-        assert f"--- sample {i} of 4 " in out
-    assert "4 x 8 tokens" in out and "tokens/s" in out
+    assert evaluator.evaluate(state, lambda: "SIGTERM") is None
+    longer = values | dict(steps=10, mesh__fsdp=1, mesh__tensor=1, eval_tokens=256, eval__tasks="")
+    train(config(folder, text, **longer), jax.devices()[:1], quiet=True)
+    assert dict(runs.losses(folder)) == pytest.approx(dict(runs.losses(trained)[:10]), rel=1e-5)
 
 
 def test_generate_refuses_a_tokenizer_larger_than_the_models_vocabulary(trained):

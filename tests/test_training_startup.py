@@ -56,18 +56,17 @@ def test_a_run_prints_six_lines_at_its_start_and_config_json_has_the_rest(
     assert any("no MFU, no MBU: 'cpu' has no peak" in line for line in stored["measures"])
 
 
-def test_measure_details_prints_routes_optimizer_groups_and_measurements(folder, capsys):
-    assert train(config(folder, measure__details=True, steps=3), jax.devices()[:1]) == 0
+def test_details_of_routes_optimizer_groups_measurements_and_mesh_are_printed_on_request(
+    folder, capsys
+):
+    values = {"measure__details": True, "steps": 1, "workdir": str(folder / "mesh")}
+    cfg = config(folder, mesh__fsdp=2, mesh__replica=2, **values)
+    assert train(cfg, jax.devices()[:4]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert "devices   4 x cpu: replica 2, fsdp 2, float32" in lines
     assert any(line.startswith("route") and "unroll=2" in line for line in lines)
     assert any(line.startswith("optim") and "blocks.mlp.up.w" in line for line in lines)
     assert any(line.startswith("measure") and "no MFU" in line for line in lines)
-
-
-def test_the_start_prints_the_axes_of_the_mesh(folder, capsys):
-    cfg = config(folder, mesh__fsdp=2, mesh__replica=2, steps=1, workdir=str(folder / "mesh"))
-    assert train(cfg, jax.devices()[:4]) == 0
-    assert "devices   4 x cpu: replica 2, fsdp 2, float32" in capsys.readouterr().out
     notes = json.loads((folder / "mesh" / "config.json").read_text())["notes"]
     assert any("whole matrices on each device" in note for note in notes)
 

@@ -5,11 +5,12 @@
     jaxtrain evaluate --run=runs/merged
 
 Prints the held-out loss of the average beside that of the newest of these checkpoints, on the same
-tokens. What is averaged are the weights that evaluation uses, never look-ahead points of an
-accelerated optimizer. The result is the folder of a run, which `jaxtrain evaluate`, `jaxtrain
-generate`, `jaxtrain export` and --weights of `jaxtrain train` can read. --weights=wsm emulates a
-decay of the learning rate over these steps, which --decay names; uniform and linear (1, 2, 3, ...)
-ignore the steps. The run must have kept the checkpoints: train it with --keep_every.
+tokens, and the scores of both on the run's eval.tasks or on --tasks. What is averaged are the
+weights that evaluation uses, never look-ahead points of an accelerated optimizer. The result is the
+folder of a run, which `jaxtrain evaluate`, `jaxtrain generate`, `jaxtrain export` and --weights of
+`jaxtrain train` can read. --weights=wsm emulates a decay of the learning rate over these steps,
+which --decay names; uniform and linear (1, 2, 3, ...) ignore the steps. The run must have kept the
+checkpoints: train it with --keep_every.
 """
 
 import dataclasses
@@ -31,11 +32,12 @@ from jaxtrain.config import train_config as config_lib
 from jaxtrain.config.command_line import CommandForm
 from jaxtrain.config.shell_commands import shell_command
 from jaxtrain.data.sources import open_split
+from jaxtrain.data.tasks.open_tasks import open_tasks
 from jaxtrain.distributed.program import run_main
 from jaxtrain.files import atomic_path, strict_json
 from jaxtrain.metrics.jsonl import FILE
 from jaxtrain.optim.acceleration import describe_evaluated_weights, eval_params
-from jaxtrain.reporting.terminal import set_up_logging
+from jaxtrain.reporting.terminal import score_texts, set_up_logging
 from jaxtrain.run_directory.contents import CONFIG, SUMMARY, read_config_json
 from jaxtrain.run_directory.lineage import KEY
 from jaxtrain.training.evaluation import Evaluator, token_limit
@@ -45,7 +47,12 @@ from jaxtrain.training.step import TrainState, abstract_state, init_state
 
 
 def merge(
-    parent: Path, steps: Sequence[int], scheme: str, to: Path, decay: str = "sqrt"
+    parent: Path,
+    steps: Sequence[int],
+    scheme: str,
+    to: Path,
+    decay: str = "sqrt",
+    tasks: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Writes the average of a run's checkpoints to a new folder; returns the figures of both.
 
@@ -56,6 +63,7 @@ def merge(
         parent: folder of the run.
         steps: steps of its checkpoints, in any order.
         scheme, decay: as merge_weights.
+        tasks: as eval.tasks; None means the run's.
 
     Returns:
         {"last": metrics of the newest checkpoint, "merge": metrics of the average}, as evaluate.
@@ -70,11 +78,12 @@ def merge(
     records = [read_kept_record(parent, step, "--steps") for step in steps]
     weights = merge_weights(steps, scheme, decay)
     run = build_reader(parent)
+    evaluator = _open_evaluator(run, tasks)
     average, last = average_checkpoints(run, parent, steps, weights)
     params = _like(average, eval_params(last.opt_state, last.params))
     state = init_state(run.model, run.optimizer, run.mesh, params)
     state = state._replace(step=last.step)
-    figures = _evaluate_both(run, state, last)
+    figures = _evaluate_both(evaluator, run, state, last)
     cfg = dataclasses.replace(run.cfg, workdir=str(to), steps=steps[-1])
     stored = read_config_json(parent) | {
         "config": config_lib.to_dict(cfg),
@@ -142,13 +151,25 @@ def _like(values: Any, params: Any) -> Any:
     return jax.tree.map(put, values, params)
 
 
-def _evaluate_both(run: Run, merged: TrainState, last: TrainState) -> dict[str, dict[str, float]]:
-    """Returns the held-out metrics of both states, on the same tokens."""
+def _open_evaluator(run: Run, tasks: str | None) -> Evaluator:
+    """Opens the held-out text and the tasks, before any checkpoint is read."""
     cfg = run.cfg
     corpus = open_split(cfg.data, "val", cfg.model.V, cfg.workdir, cfg.steps)
-    evaluator, figures = Evaluator(run, corpus), {}
+    scored = dataclasses.replace(cfg.eval, tasks=cfg.eval.tasks if tasks is None else tasks)
+    try:
+        opened = open_tasks(scored, cfg.data, corpus.tokenizer_name, cfg.model.V, cfg.workdir)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--eval.tasks", "--tasks")) from error
+    return Evaluator(run, corpus, opened)
+
+
+def _evaluate_both(
+    evaluator: Evaluator, run: Run, merged: TrainState, last: TrainState
+) -> dict[str, dict[str, float]]:
+    """Returns the metrics of both states, on the same tokens and tasks."""
+    figures = {}
     for name, state in (("last", last), ("merge", merged)):
-        metrics = evaluator.evaluate(state, max_tokens=token_limit(cfg))
+        metrics = evaluator.evaluate(state, max_tokens=token_limit(run.cfg))
         assert metrics is not None  # None only after a signal; no signal is listened for
         figures[name] = metrics
     return figures
@@ -178,7 +199,7 @@ def _write(
 def format_figures(
     steps: Sequence[int], weights: Sequence[float], figures: dict[str, dict[str, float]]
 ) -> str:
-    """Returns the weights, and a table of both losses."""
+    """Returns the weights, a table of both losses, and the scores on tasks and further texts."""
     listed = ", ".join(f"{w:.4f} x {step}" for w, step in zip(weights, steps, strict=True))
     names = {"last": f"step {steps[-1]}", "merge": "average"}
     width = max(map(len, names.values()))
@@ -189,6 +210,9 @@ def format_figures(
     change = figures["merge"]["eval/loss_nats"] - figures["last"]["eval/loss_nats"]
     lines.append(f"{'change':<{width}}  {change:+10.4f}")
     lines.append(f"on the same {figures['merge']['eval/tokens']:,} held-out tokens")
+    for key, name in names.items():
+        for label, text in score_texts(figures[key]).items():
+            lines.append(f"{name:<{width}}  {label}: {text}")
     return "\n".join(lines)
 
 
@@ -207,7 +231,7 @@ def main(words: list[str]) -> None:
             f"--steps must be steps of checkpoints, as 200,300,400; got {','.join(args.steps)}."
         ) from None
     parent, to = Path(words[0]), Path(args.to)
-    figures = merge(parent, steps, args.weights, to, args.decay)
+    figures = merge(parent, steps, args.weights, to, args.decay, args.tasks)
     print(format_figures(steps, merge_weights(steps, args.weights, args.decay), figures))
     print(f"next: {shell_command('evaluate', f'--run={to}')}")
     print(f"      {shell_command('export', f'--run={to}', f'--to={to}_hf')}")
@@ -218,6 +242,7 @@ def define_flags() -> None:
     flags.DEFINE_list("steps", None, "steps of the checkpoints, as 200,300,400", required=True)
     flags.DEFINE_string("to", None, "new folder of the average", required=True)
     flags.DEFINE_enum("weights", "uniform", sorted(SCHEMES), "weights of the checkpoints")
+    flags.DEFINE_string("tasks", None, "as eval.tasks; default: the run's; empty: none")
     flags.DEFINE_enum("decay", "sqrt", sorted(DECAYS), "wsm: the decay that is emulated")
 
 

@@ -103,6 +103,16 @@ class ExportConfig(Section):
     address: str = knob(
         "127.0.0.1", "address that export.port listens on; 0.0.0.0 is every network"
     )
+    tracker: str = knob(
+        "",
+        "experiment tracker that also receives the config, metrics and summary: wandb, mlflow, or "
+        "a class of your own, as MODULE:CLASS or FILE.py:CLASS; empty sends nothing",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.tracker not in ("", "wandb", "mlflow") and ":" not in self.tracker.strip(":"):
+            self.fail("tracker", "must be empty, wandb, mlflow, MODULE:CLASS or FILE.py:CLASS")
 
 
 @dataclass(frozen=True)

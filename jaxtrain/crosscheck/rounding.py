@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtrain.axes import Axes
 from jaxtrain.config.sections import OptimConfig
@@ -147,6 +148,8 @@ class RoundingMeter:
             starts = [start, start]
             if isinstance(start, ExaggeratedState):
                 starts = [start._replace(key=jax.random.key(i)) for i in range(2)]
+            # On the mesh, as the step returns them: else the second step would compile again.
+            starts = jax.device_put(starts, NamedSharding(run.mesh, PartitionSpec()))
             self._copies = [state._replace(opt_state=opt_state) for opt_state in starts]
         self._other = build_forward_backward_in_other_precision(run.cfg)
         self._rng = np.random.default_rng(run.cfg.seed)

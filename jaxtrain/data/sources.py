@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -64,12 +65,7 @@ class MixedCorpus:
 
     @functools.cached_property
     def mixture(self) -> Mixture:
-        return Mixture(
-            [
-                StagePlan(start, tuple(stage.quotas.get(name, 0) for name in self.sources))
-                for start, stage in zip(self.starts, self.stages, strict=True)
-            ]
-        )
+        return _build_mixture([*self.sources], self.stages, self.starts)
 
     @property
     def shares(self) -> dict[str, float]:
@@ -175,6 +171,25 @@ def point_at_shards(cfg: DataConfig, corpus: AnyCorpus) -> DataConfig:
 def list_corpora(corpus: AnyCorpus) -> dict[str, Corpus]:
     """Returns the sources by name; a corpus that is no mixture has the name ""."""
     return corpus.sources if isinstance(corpus, MixedCorpus) else {"": corpus}
+
+
+def planned_sequences(cfg: DataConfig, steps: int) -> dict[str, int]:
+    """Returns how many sequences of each source of data.mixture a run reads, by the config only.
+
+    Raises:
+        ValueError: a stage contains no step.
+    """
+    plan, names = _plan_stages(cfg, steps), sorted(parse_sources(cfg.mixture))
+    counts = _build_mixture(names, plan.stages, plan.starts).counts(plan.places)
+    return dict(zip(names, counts.tolist(), strict=True))
+
+
+def _build_mixture(names: Sequence[str], stages: Sequence[Stage], starts: Sequence[int]) -> Mixture:
+    plans = [
+        StagePlan(start, tuple(stage.quotas.get(name, 0) for name in names))
+        for start, stage in zip(starts, stages, strict=True)
+    ]
+    return Mixture(plans)
 
 
 def _plan_stages(cfg: DataConfig, steps: int) -> _Plan:

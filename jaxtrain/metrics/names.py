@@ -52,6 +52,19 @@ MEASURED = {
     "sites/payload_bytes": "codes sent and received in an exchange, by all processes of this site",
     "sites/wire_bytes": "all bytes sent and received for it, with headers and retransmissions",
 }
+# Those of a mixture's sources and of tasks, whose names are in the config.
+NAMED = {
+    r"data/\w+_tokens": "tokens read of a source of the mixture",
+    r"data/\w+_epochs": "epochs read of a source of the mixture, by all sites",
+    r"eval/\w+_loss_nats": "loss of a source's held-out text, or of a held-out text of eval.tasks",
+    r"eval/\w+_tokens": "tokens read of a held-out text",
+    r"eval/\w+_bits_per_byte": "bits per byte of a held-out text, or of a task's right choices",
+    r"eval/\w+_accuracy": "share of a task's examples that are right",
+    r"eval/\w+_accuracy_norm": "the same, with likelihoods per byte of a choice",
+    r"eval/\w+_stderr": "standard error of an accuracy",
+    r"eval/\w+_examples": "examples of a task that were scored",
+    r"eval/\w+_truncated": "examples of a task that were cut",
+}
 _WORDS = {"cause": CAUSES, "own": OWN, "phase": PHASES, "collective": COLLECTIVES}
 PREFIX = "jaxtrain_"
 
@@ -67,6 +80,12 @@ def measured_names() -> dict[str, str]:
         for word in _WORDS[placeholder[1]]:
             names[name.replace(placeholder[0], word)] = f"{text}: {word}"
     return names
+
+
+def describe_metric(name: str) -> str:
+    """Returns the description of a metric; its name if there is none."""
+    texts = (text for pattern, text in NAMED.items() if re.fullmatch(pattern, name))
+    return measured_names().get(name) or next(texts, name)
 
 
 def prometheus_name(name: str) -> str:

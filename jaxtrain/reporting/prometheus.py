@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from jaxtrain.metrics.names import measured_names, prometheus_name
+from jaxtrain.metrics.names import describe_metric, measured_names, prometheus_name
 
 if TYPE_CHECKING:
     from prometheus_client.core import GaugeMetricFamily
@@ -55,7 +55,8 @@ class PrometheusExporter:
         from prometheus_client.core import GaugeMetricFamily
 
         for name, value in self._values.items():
-            yield GaugeMetricFamily(prometheus_name(name), self._texts.get(name, name), value)
+            text = self._texts.get(name) or describe_metric(name)
+            yield GaugeMetricFamily(prometheus_name(name), text, value)
         for kind, ratios in self._ratios.items():
             name = f"rank/{kind}_ratio"
             family = GaugeMetricFamily(prometheus_name(name), self._texts[name], labels=["rank"])

@@ -24,8 +24,9 @@ from jaxtrain.reporting.terminal import (
     Terminal,
     closing_lines,
     eval_text,
-    tasks_text,
+    score_texts,
 )
+from jaxtrain.reporting.tracking import TrackerThread
 from jaxtrain.reporting.webhook import Webhook
 
 NAME_WIDTH = 8  # of the header's first column; fits "FALLBACK"
@@ -47,6 +48,7 @@ class RunLogger:
             Default: the folder's name.
         export: where Prometheus metrics are served; None serves none.
         webhook: receives the alerts; None sends none.
+        tracker: also receives the config, the metrics and the summary.
 
     Attributes:
         evaluated_step: step of the newest evaluation, also from before a resume; None if there is
@@ -64,6 +66,7 @@ class RunLogger:
         title: str = "",
         export: ExportConfig | None = None,
         webhook: Webhook | None = None,
+        tracker: TrackerThread | None = None,
     ):
         self.workdir = Path(workdir)
         self.steps, self.resume_step, self.active = steps, resume_step, active
@@ -73,7 +76,7 @@ class RunLogger:
         self.removed_s = 0.0
         self._terminal = Terminal(steps, resume_step, quiet or not active)
         self._writers = []  # all have write(step, time_s, metrics) and close()
-        self._export, self._webhook = export, webhook
+        self._export, self._webhook, self._tracker = export, webhook, tracker
         self._exporter: PrometheusExporter | None = None
         self._latest: dict[str, Any] = {"step": resume_step}  # newest train/ and eval/ metrics
         self._finished = False
@@ -91,6 +94,8 @@ class RunLogger:
         self._writers.append(metrics_file)
         first_step = self.resume_step + 1 if self.resume_step else 0
         self._writers.append(EventFile(self.workdir, first_step))
+        if self._tracker:
+            self._writers.append(self._tracker)
         self.removed_s = metrics_file.removed_s
         for record in read_metrics(self.workdir / FILE):
             self._remember(record["step"], record)
@@ -133,9 +138,11 @@ class RunLogger:
             self.note(line if isinstance(line, str) else f"{line[0]:<{width}}  {line[1]}")
 
     def write_config(self, config: dict) -> None:
-        """Writes workdir/config.json."""
+        """Writes workdir/config.json; the first call starts the tracker."""
         if self.active:
             write_atomic(self.workdir / "config.json", strict_json(config, indent=2) + "\n")
+            if self._tracker:
+                self._tracker.start(self.workdir, self.resume_step, config)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Records one step's metrics by name, and shows its progress or its evaluation.
@@ -155,8 +162,8 @@ class RunLogger:
             self._terminal.show_step(step, plain)
         if EVAL_LOSS in plain:
             self.note(f"eval  step {step}  {eval_text(plain)}")
-            if tasks := tasks_text(plain):
-                self.note(f"tasks step {step}  {tasks}")
+            for label, text in score_texts(plain).items():
+                self.note(f"{label:<5} step {step}  {text}")
 
     def write_ranks(self, changes: Iterable[str], ratios: dict[str, list[float]]) -> None:
         """Prints which processes have become stragglers, or are none any more.
@@ -200,6 +207,8 @@ class RunLogger:
             return
         summary = {"steps": self.steps} | self._latest | summary
         write_atomic(self.workdir / "summary.json", strict_json(summary, indent=2) + "\n")
+        if self._tracker:
+            self._tracker.finish(summary)
         drawn = self._draw_curve()
         self._finished = True
         self._terminal.close()

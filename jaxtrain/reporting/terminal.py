@@ -130,12 +130,13 @@ def eval_text(metrics: dict) -> str:
     return f"loss {metrics[EVAL_LOSS]:.3f} nats/token{bits}{tokens}"
 
 
-def tasks_text(metrics: dict) -> str:
-    """Returns all tasks' scores: `arc 27.1 ± 1.9 % (norm 29.5) of 570  wiki 1.234 bits/byte`.
+def score_texts(metrics: dict) -> dict[str, str]:
+    """Returns the scores by name, as {"held-out": text, "tasks": text} without those that are "".
 
-    It is "" if there are no tasks.
+    "held-out" has the texts of a mixture's sources and of eval.tasks, `wiki 1.234 bits/byte`;
+    "tasks" the other tasks, `arc 27.1 ± 1.9 % (norm 29.5) of 570`.
     """
-    parts = []
+    texts, tasks = [], []
     for key, value in metrics.items():
         match = re.fullmatch(r"eval/(\w+)_(accuracy|loss_nats)", key)
         if not match:
@@ -149,8 +150,9 @@ def tasks_text(metrics: dict) -> str:
             text += f" of {own['examples']:,}"
         elif own["bits_per_byte"] is not None:
             text = f"{own['bits_per_byte']:.3f} bits/byte"
-        parts.append(f"{match[1]} {text}")
-    return "  ".join(parts)
+        (tasks if match[2] == "accuracy" else texts).append(f"{match[1]} {text}")
+    found = {"held-out": "  ".join(texts), "tasks": "  ".join(tasks)}
+    return {label: text for label, text in found.items() if text}
 
 
 def closing_lines(summary: dict) -> list[str]:
@@ -163,8 +165,7 @@ def closing_lines(summary: dict) -> list[str]:
         weights = summary.get("eval_at", PLAIN)
         suffix = "" if weights == PLAIN else f"  at {weights}"
         lines.append(f"eval  {eval_text(summary)}{suffix}")
-        if tasks := tasks_text(summary):
-            lines.append(f"tasks {tasks}")
+        lines += [f"{label:<5} {text}" for label, text in score_texts(summary).items()]
     if "perf/step_time_s" in summary:
         names = {"p50": "_s", "p95": "_p95_s", "p99": "_p99_s"}
         times_s = {label: summary.get(f"perf/step_time{name}") for label, name in names.items()}

@@ -1,4 +1,4 @@
-"""Opens what a run reports to: its metrics files and terminal, and a webhook."""
+"""Opens what a run reports to: its metrics files and terminal, a webhook and a tracker."""
 
 import functools
 import socket
@@ -10,6 +10,7 @@ from absl import logging
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.distributed.broadcast import run_on_all_processes
 from jaxtrain.reporting.run_logger import RunLogger
+from jaxtrain.reporting.tracking import TrackerThread, create_tracker
 from jaxtrain.reporting.webhook import Webhook, read_url
 from jaxtrain.training.run import Run
 
@@ -27,7 +28,22 @@ def open_webhook(cfg: TrainConfig, quiet: bool) -> Webhook:
     return Webhook(url, f"{workdir.name} on {host}", warn, run=str(workdir), host=host)
 
 
-def open_logger(run: Run, first: int, quiet: bool, webhook: Webhook) -> RunLogger:
+def open_tracker(cfg: TrainConfig) -> TrackerThread | None:
+    """Returns the tracker that export.tracker names, on process 0; None without one.
+
+    Raises:
+        ValueError: the tracker's package is missing, or the tracker cannot be created.
+    """
+    name = cfg.export.tracker if jax.process_index() == 0 else ""
+    tracker = run_on_all_processes(lambda: create_tracker(name) if name else None)
+    return (
+        TrackerThread(tracker, name, functools.partial(logging.warning, "%s")) if tracker else None
+    )
+
+
+def open_logger(
+    run: Run, first: int, quiet: bool, webhook: Webhook, tracker: TrackerThread | None
+) -> RunLogger:
     """Returns the run's logger, not entered yet; it writes and prints on process 0 only.
 
     Args:
@@ -36,4 +52,5 @@ def open_logger(run: Run, first: int, quiet: bool, webhook: Webhook) -> RunLogge
     """
     cfg, active = run.cfg, jax.process_index() == 0
     title = f"{Path(cfg.workdir).name}\n{run.parameters:,} parameters"
-    return RunLogger(cfg.workdir, cfg.steps, first, quiet, active, title, cfg.export, webhook)
+    outlets = cfg.export, webhook, tracker
+    return RunLogger(cfg.workdir, cfg.steps, first, quiet, active, title, *outlets)

@@ -1,13 +1,15 @@
 """Proposes batch sizes from the gradient noise of a run."""
 
 import math
+from statistics import fmean
 
 from launch.report.formats import grouped
 from launch.report.run_folder import RunFolder
-from launch.report.stats import split
+from launch.report.stats import deviation, split
 
 NOISE, SIGNAL = "optim/all/gradient_noise", "optim/all/gradient_signal"
 LEAST = 8  # diagnoses, as the ratio of a single one is noise itself
+ERRORS = 2.0  # standard errors from which the mean of the signal is known not to be 0
 PARTS = 8  # of the run at most, in each of which noise and signal are averaged
 
 
@@ -19,8 +21,8 @@ def propose_schedule(run: RunFolder) -> str:
     rounded down.
 
     Returns:
-        "" if there are fewer than LEAST diagnoses, or the signal is nowhere above the noise of its
-        estimate.
+        "" if there are fewer than LEAST diagnoses, or the signal is nowhere known not to be 0. From
+        the part on in which it is not, the last size stays.
 
     Source: McCandlish et al. 2018, https://arxiv.org/abs/1812.06162, section 2: a batch of the
     noise scale takes twice the tokens and twice the steps of the two extremes.
@@ -43,18 +45,20 @@ def noise_scales(run: RunFolder) -> list[tuple[int, float]]:
     steps = sorted(noise.keys() & signal.keys())
     if len(steps) < LEAST:
         return []
-    parts = []  # (step of its first diagnosis, sum of noise, sum of signal)
+    scale_of = lambda part: _scale([noise[s] for s in part], [signal[s] for s in part])
+    parts: list[list[int]] = []  # steps
     for part in split(steps, min(PARTS, len(steps) * 2 // LEAST)):
-        parts.append((part[0], sum(noise[s] for s in part), sum(signal[s] for s in part)))
-        while len(parts) > 1 and _scale(parts[-2]) >= _scale(parts[-1]):
-            (first, *a), (_, *b) = parts[-2:]
-            parts[-2:] = [(first, a[0] + b[0], a[1] + b[1])]
-    return [(part[0], _scale(part)) for part in parts]
+        parts.append(part)
+        while len(parts) > 1 and scale_of(parts[-2]) >= scale_of(parts[-1]):
+            parts[-2:] = [parts[-2] + parts[-1]]
+    return [(part[0], scale_of(part)) for part in parts]
 
 
-def _scale(part: tuple[int, float, float]) -> float:
-    _, noise, signal = part
-    return max(noise, 0.0) / signal if signal > 0 else math.inf
+def _scale(noise: list[float], signal: list[float]) -> float:
+    """Returns the ratio of the means; inf if the signal is within ERRORS standard errors of 0."""
+    error = deviation(signal) / math.sqrt(len(signal))
+    known = fmean(signal) > ERRORS * error
+    return max(fmean(noise), 0.0) / fmean(signal) if known else math.inf
 
 
 def describe_proposals(runs: list[RunFolder]) -> list[str]:

@@ -1,5 +1,6 @@
 """Formats a run's figures as rows of text, for both the terminal and the page."""
 
+import math
 from statistics import fmean
 
 from launch.report.formats import duration, duration_or_ms, grouped, percent, rate, seconds, size
@@ -58,6 +59,7 @@ def rows_of(run: RunFolder) -> list[tuple[str, str]]:
         value = latest(run, metric)
         if value is not None:
             rows.append((name, f"{value:.4f}"))
+    rows += _score_rows(run)
     values = run.figures
     rows += [(name, form(values[metric])) for metric, name, form in ROWS if metric in values]
     if run.wall_s is not None:
@@ -70,6 +72,30 @@ def rows_of(run: RunFolder) -> list[tuple[str, str]]:
         rows.append(("long steps", ", ".join(f"{n} {cause}" for cause, n in run.outliers.items())))
     rows += [(f"lost to {cause}", duration_or_ms(s)) for cause, s in run.lost_s.items() if s]
     rows.append(("device", f"{run.devices} x {run.device}{'' if run.chip else ' (no peak known)'}"))
+    return rows
+
+
+def newest_scores(run: RunFolder) -> dict[str, float]:
+    """Returns the newest eval/NAME_... of tasks, sources and further held-out texts."""
+    own, newest = ("eval/loss_nats", "eval/bits_per_byte", "eval/tokens"), {}
+    for record in run.metrics:
+        newest |= {key: x for key, x in record.items() if key.startswith("eval/")}
+    is_known = lambda x: isinstance(x, int | float) and math.isfinite(x)
+    return {key: x for key, x in newest.items() if key not in own and is_known(x)}
+
+
+def _score_rows(run: RunFolder) -> list[tuple[str, str]]:
+    """Returns the rows of the newest scores."""
+    rows, scores = [], newest_scores(run)
+    for metric, value in scores.items():
+        name, _, figure = metric.removeprefix("eval/").rpartition("_accuracy")
+        if name and not figure:
+            error = scores.get(f"{metric}_stderr")
+            text = f"{100 * value:.1f}{'' if error is None else f' ± {100 * error:.1f}'} %"
+            rows.append((f"{name}, accuracy", text))
+        for suffix, unit in (("_bits_per_byte", "bits/byte"), ("_loss_nats", "held-out nats")):
+            if metric.endswith(suffix):
+                rows.append((f"{metric[len('eval/') : -len(suffix)]}, {unit}", f"{value:.4f}"))
     return rows
 
 
