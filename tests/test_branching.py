@@ -11,6 +11,7 @@ import pytest
 import runs
 from jaxtrain.branching.branch import create_branch, plan_branch
 from jaxtrain.branching.merge import format_figures, merge
+from jaxtrain.branching.schedule import check_stage_ends
 from jaxtrain.checkpoint.integrity import read_record
 from jaxtrain.checkpoint.manager import Checkpoints
 from jaxtrain.config.config_files import load_config_file
@@ -179,6 +180,23 @@ def test_a_decay_after_the_peak_rate_and_another_branch_in_the_folder_are_refuse
     shutil.rmtree(decaying)
     with pytest.raises(ValueError, match=r"that of the same branch; .*same is another one: step"):
         create_branch(plan_branch(trunk, 4, same.folder, load_train_config(trunk)))
+
+
+def test_a_stage_that_was_read_must_end_where_it_ended(tmp_path):
+    old, at = runs.debug_config(tmp_path, "text.txt", **VALUES), 4
+    mixed = lambda end: dataclasses.replace(
+        old.data, text="", mixture="a=x b=y", stages=f"a 0.9, b 0.1 until {end}; a 0.5, b 0.5"
+    )
+    check = lambda end, steps: check_stage_ends(
+        dataclasses.replace(old, data=mixed(end), steps=steps),
+        dataclasses.replace(old, data=mixed(end)),
+        at,
+    )
+    with pytest.raises(ValueError, match="stage 1 .*50%, ends after step 3 of 6, .*step 4 of 8"):
+        check("50%", 8)
+    check("50%", STEPS)
+    check("768", 8)  # tokens
+    check("80%", 8)  # neither end was reached
 
 
 def test_a_branch_that_lost_its_checkpoint_does_not_start_over(trunk, tmp_path):

@@ -1,4 +1,4 @@
-"""The plan of a ladder, the fit of its losses, and one tiny ladder that is interrupted."""
+"""The plan of a ladder, the fit of its losses, and one tiny ladder."""
 
 import dataclasses
 import json
@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import runs
-from jaxtrain.ladder.__main__ import check_prediction, predict_first, run_ladder
+from jaxtrain.ladder.__main__ import predict_first
 from jaxtrain.ladder.fit import Point, _inputs, _jacobian, _log_loss, fit_losses
 from jaxtrain.ladder.plan import Cell, build_plan, size_config
 from jaxtrain.ladder.report import draw, write_result, write_table
-from jaxtrain.ladder.runs import Cost, check_folders, measure_cost
-from jaxtrain.metrics.jsonl import read_metrics
+from jaxtrain.ladder.runs import Cost, check_folders, measure_cost, train_size
 from jaxtrain.run_directory.lineage import read_lineage
+from jaxtrain.study.runs import open_data
 
 A, B, E, ALPHA, BETA = 400.0, 900.0, 1.7, 0.35, 0.37
 
@@ -38,7 +38,7 @@ def points(noise=0.0):
 @pytest.fixture(scope="module")
 def exact():
     """The fit of losses that follow the law exactly."""
-    return fit_losses(points(), redraws=10)
+    return fit_losses(points(), redraws=2)
 
 
 def plan(folder, predict="", config=(), **values):
@@ -59,12 +59,12 @@ def test_the_fit_finds_the_law_that_losses_follow(exact):
 def test_one_wrong_loss_hardly_moves_the_fit():
     spoiled = points()
     spoiled[4] = spoiled[4]._replace(loss=1.2 * spoiled[4].loss)
-    fit = fit_losses(spoiled, redraws=10)
+    fit = fit_losses(spoiled, redraws=2)
     assert fit.predict(1e7, 4e7) == pytest.approx(loss_of(1e7, 4e7), rel=0.01)
 
 
 def test_the_interval_of_noisy_losses_contains_the_true_loss():
-    fit = fit_losses(points(noise=0.003), redraws=30)
+    fit = fit_losses(points(noise=0.003), redraws=12)
     low, high = fit.interval(1e7, 4e7)
     assert low < loss_of(1e7, 4e7) < high
     assert 0 < high - low < 0.2 * loss_of(1e7, 4e7)
@@ -155,10 +155,10 @@ def test_a_mixture_may_change_only_before_the_first_decay(tmp_path):
 
 def test_a_fit_says_what_the_losses_do_not_determine():
     same = [p._replace(loss=loss_of(10**6, p.tokens)) for p in points()]  # size has no effect
-    found = fit_losses(same, redraws=10).warnings()
+    found = fit_losses(same, redraws=2).warnings()
     assert any("size explains none of the loss" in text or "alpha" in text for text in found)
     falling = [p._replace(loss=A / p.parameters**ALPHA + B / p.tokens**BETA) for p in points()]
-    assert any("best E is 0" in text for text in fit_losses(falling, redraws=10).warnings())
+    assert any("best E is 0" in text for text in fit_losses(falling, redraws=2).warnings())
 
 
 def tiny(folder, **values):
@@ -173,47 +173,35 @@ def tiny(folder, **values):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A finished ladder, its fit, and what it printed."""
-    folder, notes = tmp_path_factory.mktemp("ladder"), []
+    """One size of a ladder, trained to both horizons, and its losses."""
+    folder = tmp_path_factory.mktemp("ladder")
     found = tiny(folder)
-    fit = run_ladder(found, 10, notes.append, jax.devices()[:1])
-    return folder, found, fit, notes
+    base, _ = open_data(found.base, found.folder)
+    found = found._replace(base=base)
+    devices = jax.devices()[:1]
+    return found, train_size(found, "16x1", found.horizons, lambda line: None, devices)
 
 
-def test_a_ladder_trains_every_cell_as_a_branch_of_one_stable_run(trained):
-    _, found, fit, notes = trained
-    assert [(p.size, p.horizon) for p in fit.points] == found.cells
-    for cell in found.all_cells:
-        lineage = read_lineage(found.branch_folder(cell))
-        assert lineage["parent"] == str(found.trunk_folder(cell.size))
-        assert lineage["step"] == found.branch_step(cell.horizon)
-    logged = [r["step"] for r in read_metrics(found.trunk_folder("16x1") / "metrics.jsonl")]
-    assert max(logged) == 4
-    text = "\n".join(notes)
-    assert text.index("16x2@4: predicted") < text.index("16x2: stable run")
-    assert {"ladder.csv", "ladder.json", "ladder.png"} <= {p.name for p in found.folder.iterdir()}
-
-
-def test_a_ladder_that_has_ended_trains_nothing_again(trained):
-    folder, found, fit, _ = trained
+def test_every_horizon_is_a_branch_of_one_stable_run_and_is_trained_once(trained):
+    found, losses = trained
+    for horizon in found.horizons:
+        lineage = read_lineage(found.branch_folder(Cell("16x1", horizon)))
+        assert lineage["parent"] == str(found.trunk_folder("16x1"))
+        assert lineage["step"] == found.branch_step(horizon)
     notes = []
-    again = run_ladder(tiny(folder), 10, notes.append, jax.devices()[:1])
-    assert again.points == fit.points
+    assert train_size(found, "16x1", found.horizons, notes.append, jax.devices()[:1]) == losses
     assert not [note for note in notes if "stable run" in note or "decay from" in note]
 
 
-def test_a_ladder_refuses_runs_of_another_ladder_by_the_flag(trained):
-    folder, found, _, _ = trained
-    with pytest.raises(ValueError, match="seed=3, now 4"):
-        run_ladder(tiny(folder, seed=4), 10, print, jax.devices()[:1])
-    base = found.base
-    optim = dataclasses.replace(base.optim, adam_learning_rate=0.5)
+def test_runs_of_another_ladder_are_refused_by_the_flag(trained):
+    found, _ = trained
+    check_folders(found)
     for match, other in (
-        ("decay=0.2; that of .*16x1@3 starts at step 2.*Set --decay", {"decay": 0.2}),
-        ("steps starts at step 3, which the stable run .*it has kept", {"horizons": [3, 5, 6]}),
-        ("optim.adam_learning_rate=.*now 0.5", {"base": dataclasses.replace(base, optim=optim)}),
+        ("decay to 6 steps must start at step 5 .*16x1@6 starts at step 4.*Set --decay", 0.25),
+        ("seed=3, now 4", dataclasses.replace(found.base, seed=4)),
     ):
+        other = {"decay": other} if isinstance(other, float) else {"base": other}
         with pytest.raises(ValueError, match=match):
             check_folders(found._replace(**other))
-    with pytest.raises(ValueError, match="16x2@4 was trained before this fit"):
-        check_prediction(found._replace(horizons=[3]))
+    with pytest.raises(ValueError, match="starts at step 3, which the stable run .*it has kept"):
+        check_folders(found._replace(horizons=[3, 5, 6]))

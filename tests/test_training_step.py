@@ -136,8 +136,7 @@ def test_calling_the_step_with_another_shape_raises_and_names_it():
 
 
 def test_the_step_compiled_for_one_learning_rate_works_for_another():
-    at = lambda rate: build(name="muon", learning_rate=rate, adam_learning_rate=rate)
-    (_, step), (other, own_step) = at(0.01), at(0.03)
+    (_, step), (other, own_step) = build(), build(learning_rate=0.03, adam_learning_rate=0.03)
     state = lambda: init_state(other.model, other.optimizer, other.mesh, 0)
     batch = batch_at(0, other.mesh)
     borrowed, _ = step(state(), batch, other.rates())

@@ -24,7 +24,12 @@ import jax
 from absl import flags
 
 from jaxtrain.branching.kept import CHECKPOINTS, read_kept_record
-from jaxtrain.branching.schedule import count_decay_steps, count_from_zero, set_decay
+from jaxtrain.branching.schedule import (
+    check_stage_ends,
+    count_decay_steps,
+    count_from_zero,
+    set_decay,
+)
 from jaxtrain.checkpoint import integrity
 from jaxtrain.checkpoint.links import link_tree
 from jaxtrain.config import train_config as config_lib
@@ -99,6 +104,7 @@ def plan_branch(
             f"steps must be above --at={at}, as they count from the start of {parent}; got "
             f"steps={cfg.steps}. Set --steps or --decay."
         )
+    check_stage_ends(cfg, trunk, at)
     changes = config_lib.describe_changes(config_lib.flatten(trunk), cfg)
     names = {change.split()[0] for change in changes} - set(NOT_DATA)
     lineage = {

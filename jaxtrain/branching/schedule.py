@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from jaxtrain.config.mixture_fields import parse_sources, parse_stages
 from jaxtrain.config.train_config import OptimConfig, TrainConfig, describe_changes, flatten
 from jaxtrain.optim.schedule import build_schedule
 
@@ -96,3 +97,27 @@ def count_from_zero(cfg: TrainConfig, at: int) -> TrainConfig:
         text = data.sizes.from_step(at).write(data.seq_len)
         data = dataclasses.replace(data, batch_schedule=text)
     return dataclasses.replace(cfg, steps=cfg.steps - at, optim=optim, data=data)
+
+
+def check_stage_ends(cfg: TrainConfig, trunk: TrainConfig, at: int) -> None:
+    """Raises ValueError if another number of steps moves the end of a stage that was read.
+
+    Args:
+        cfg: the branch's config, whose steps count from the trunk's start.
+        trunk: the trunk's config.
+        at: step at which the branch begins.
+    """
+    if not cfg.data.mixture or cfg.data.stages != trunk.data.stages:
+        return
+    stages = parse_stages(cfg.data.stages, parse_sources(cfg.data.mixture))
+    for i, stage in enumerate(stages[:-1], start=1):
+        if stage.share is None:
+            continue
+        was, now = (round(stage.share * steps) for steps in (trunk.steps, cfg.steps))
+        if was != now and min(was, now) < at:
+            raise ValueError(
+                f"a branch must keep the stages that were read; stage {i} of data.stages, until "
+                f"{float(100 * stage.share):g}%, ends after step {was} of {trunk.steps}, and would "
+                f"end after step {now} of {cfg.steps}. Set --data.stages with its end in tokens, "
+                f"'until {trunk.data.tokens_before(was)}'."
+            )

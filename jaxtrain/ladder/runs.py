@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from jaxtrain.branching.branch import create_branch, plan_branch
 from jaxtrain.branching.kept import CHECKPOINTS
 from jaxtrain.config.train_config import TrainConfig
+from jaxtrain.distributed.preemption import StopListener
 from jaxtrain.ladder.fit import Point
 from jaxtrain.ladder.plan import Cell, Plan
 from jaxtrain.run_directory.contents import (
@@ -119,7 +120,9 @@ def train_size(
 
 
 def _train(cfg: TrainConfig, devices: Devices) -> None:
-    if status := train(cfg, devices, quiet=True):
+    with StopListener() as stop:  # also while XLA compiles, in threads that outlive an exception
+        status = train(cfg, devices, quiet=True, stop=stop)
+    if status:
         raise Interrupted(status)
 
 
