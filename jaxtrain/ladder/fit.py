@@ -125,7 +125,7 @@ def _minimise(start: np.ndarray, inputs: np.ndarray, logs: np.ndarray, loss: str
     return least_squares(
         lambda x: _log_loss(x, inputs) - logs,
         np.clip(start, np.add(LOW, 1e-6), np.subtract(HIGH, 1e-6)),  # strictly inside
-        lambda x: _jacobian(x, inputs),
+        lambda x: _jacobian(x, inputs),  # pyright: ignore[reportArgumentType] wrong stub
         (LOW, HIGH),
         loss=loss,
         f_scale=DELTA,
