@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jaxtrain.config.train_config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from jaxtrain.training.batch_arrays import target_weights
 from jaxtrain.training.run import build_run
-from jaxtrain.training.step import batch_loss, build_gradient, target_weights
+from jaxtrain.training.step import batch_loss, build_gradient
 
 torch = pytest.importorskip(
     "torch", reason='torch is missing: pip install "jaxtrain[crosscheck]" to test the PyTorch side'

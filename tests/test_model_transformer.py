@@ -16,7 +16,7 @@ from jaxtrain.model.layers import LayerOps, look_up_embedding
 from jaxtrain.model.loss import build_loss
 from jaxtrain.model.transformer import build_model, head_weights
 from jaxtrain.ops.routes import choose_routes
-from jaxtrain.training.step import target_weights
+from jaxtrain.training.batch_arrays import target_weights
 
 SMALL = dict(L=2, D=32, H=4, G=2, K=8, F=48, V=64, dtype="float32")
 GPT2 = SMALL | dict(

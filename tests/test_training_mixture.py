@@ -3,6 +3,7 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 
 import runs
@@ -10,6 +11,8 @@ from jaxtrain.branching.branch import create_branch, plan_branch
 from jaxtrain.config.train_config import freeze, to_dict
 from jaxtrain.metrics.jsonl import read_metrics
 from jaxtrain.train import train
+from jaxtrain.training.source_losses import SourceLosses
+from jaxtrain.training.step import BY_SOURCE
 
 SMALL = {"model__L": 1, "model__D": 16, "model__F": 32, "optim__name": "adamw"}
 SMALL |= {"sample__tokens": 0, "eval_every": 6, "data__val_fraction": 0.2}
@@ -46,6 +49,10 @@ def test_a_run_reports_exact_counts_and_losses_of_each_source(folder, capsys):
     records = read_metrics(folder / "run" / "metrics.jsonl")
     counted = {r["step"]: r["data/plus_tokens"] for r in records if "data/plus_tokens" in r}
     assert [counted[step] for step in (1, 6, 12)] == [6 * 32, 36 * 32, 72 * 32]
+    first = next(r for r in records if r["step"] == 1)  # it has 6 sequences of plus, 2 of words
+    own = [first[f"train/{name}_loss_nats"] for name in ("plus", "words")]
+    assert own[0] != own[1]
+    assert first["train/loss_nats"] == pytest.approx((6 * own[0] + 2 * own[1]) / 8)
     losses = [r for r in records if "eval/plus_loss_nats" in r]
     assert [r["step"] for r in losses] == [6, 12, 16]
     share = summary["sources"]["plus"]["tokens"] / (16 * 8 * 32)
@@ -56,6 +63,16 @@ def test_a_run_reports_exact_counts_and_losses_of_each_source(folder, capsys):
     assert min(bits) < summary["eval/bits_per_byte"] < max(bits)
     config_json = json.loads((folder / "run" / "config.json").read_text())
     assert list(config_json["data"]["sources"]) == ["plus", "words"]
+
+
+def test_losses_by_source_are_means_over_the_steps_since_the_last_call():
+    losses = SourceLosses(("a", "b", "unread"))
+    for parts, shares in (([1, 6], [0.25, 0.75]), ([np.nan, 1], [0.5, 0.5]), ([2, 1], [0.5, 0.5])):
+        scalars = {BY_SOURCE: np.array([[*parts, 0], [*shares, 0]]), "train/loss_nats": 0.0}
+        losses.take_from(scalars)
+        assert list(scalars) == ["train/loss_nats"]
+    assert losses.means() == {"train/a_loss_nats": 3 / 0.75, "train/b_loss_nats": 7 / 1.25}
+    assert losses.means() == {}
 
 
 def test_a_branch_on_another_mixture_counts_what_the_branch_has_read(folder):

@@ -127,6 +127,26 @@ def test_weights_of_targets_average_the_losses_of_their_rows():
     jax.tree.map(close, mixed, expected)
 
 
+@pytest.mark.parametrize(("mesh", "accumulation"), [((1, 1, 1), 1), ((2, 2, 2), 2)])
+def test_the_loss_of_each_source_is_that_of_its_rows(mesh, accumulation):
+    run, _ = build(mesh, accumulation)
+    params = init_state(run.model, run.optimizer, run.mesh, 0).params
+    source = np.arange(B) % 5 // 2  # 0 0 1 1 2: of different sizes, mixed among devices
+    batch = jax.device_put(jax.device_get(batch_at(0, run.mesh)), batch_sharding(run.mesh))
+    batch["source"] = jax.device_put(source.astype(np.int32), batch_sharding(run.mesh))
+    build_with = functools.partial(build_gradient, run.model, run.loss, accumulation)
+    (nats, by_source), objective, grads = jax.jit(build_with(sources=4))(params, batch)
+    plain = jax.jit(build_with())
+    expected = plain(params, batch)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, (nats, objective, grads), expected)
+    for i in range(3):
+        rows = np.broadcast_to((source == i)[:, None], (B, T)).astype(np.float32)
+        own, *_ = plain(params, batch | {"weights": jax.device_put(rows, batch_sharding(run.mesh))})
+        close(by_source[i] / rows.mean(), own)
+    assert float(by_source[3]) == 0  # a source without rows
+
+
 def test_calling_the_step_with_another_shape_raises_and_names_it():
     run, step = build()
     state = init_state(run.model, run.optimizer, run.mesh, 0)

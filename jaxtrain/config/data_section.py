@@ -76,6 +76,11 @@ class DataConfig(Section):
         """The number of sequences of each step."""
         return parse_schedule(self.batch_schedule, self.batch, self.seq_len)
 
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The sources of data.mixture in the order of their numbers; () without a mixture."""
+        return tuple(sorted(parse_sources(self.mixture)))
+
     def tokens_before(self, step: int) -> int:
         """Returns the tokens of all steps before this one, counted from 0."""
         return self.sizes.sequences_before(step) * self.seq_len

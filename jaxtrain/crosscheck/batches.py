@@ -13,7 +13,7 @@ import numpy as np
 from scipy.special import logsumexp
 
 from jaxtrain.crosscheck.trace import IGNORED, Batch, StepRecord, batch_hash, digest
-from jaxtrain.training.step import target_weights
+from jaxtrain.training.batch_arrays import target_weights
 
 WEIGHT_TOLERANCE = 1e-6  # relative: one side may store weights in float32
 PARTS = {

@@ -45,7 +45,7 @@ class Batches:
     """Endless iterator of {"tokens": int32 [B,T+1]}.
 
     With pack or document_mask, a batch also has "docs", int32 [B,T+1], and "weights", float32
-    [B,T]; `sequences.py` describes them.
+    [B,T]; `sequences.py` describes them. With data.mixture it has "source", int32 [B].
     """
 
     def __init__(

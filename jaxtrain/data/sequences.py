@@ -132,9 +132,12 @@ class JoinedSequences:
         return int(self._ends[-1])
 
     def read(self, numbers: np.ndarray, with_docs: bool) -> dict[str, np.ndarray]:
-        """Returns what the sources' own read() does, in the order of the numbers."""
+        """Returns what the sources' own read() does, in the order of the numbers.
+
+        And "source", int32 [N]: the number of each sequence's source.
+        """
         source = np.searchsorted(self._ends, numbers, side="right")
-        joined: dict[str, np.ndarray] = {}
+        joined: dict[str, np.ndarray] = {"source": source.astype(np.int32)}
         for i in np.unique(source):
             inside = source == i
             first = self._ends[i] - len(self._parts[i])

@@ -56,6 +56,7 @@ MEASURED = {
 NAMED = {
     r"data/\w+_tokens": "tokens read of a source of the mixture",
     r"data/\w+_epochs": "epochs read of a source of the mixture, by all sites",
+    r"train/\w+_loss_nats": "training loss of a source since the last logged step",
     r"eval/\w+_loss_nats": "loss of a source's held-out text, or of a held-out text of eval.tasks",
     r"eval/\w+_tokens": "tokens read of a held-out text",
     r"eval/\w+_bits_per_byte": "bits per byte of a held-out text, or of a task's right choices",

@@ -129,12 +129,25 @@ class _FusedScores(_OnePassScores):
 
 
 def _local_loss(
-    h_BTD, head, targets_BT, weights_BT, *, scores, softcap, form, z_loss, chunk_bytes, axis, grads
+    h_BTD,
+    head,
+    targets_BT,
+    weights_BT,
+    groups_BS,
+    *,
+    scores,
+    softcap,
+    form,
+    z_loss,
+    chunk_bytes,
+    axis,
+    grads,
 ):
     """Returns weighted sums (objective, nats) over this device's rows; with grads also dhead, dh.
 
     Args:
         head: (w_VD, b_V or None).
+        groups_BS: as in build_loss.
     """
     w_VD, b_V = head
     (B, T, D), V = h_BTD.shape, w_VD.shape[0]
@@ -151,7 +164,13 @@ def _local_loss(
         lse = top + jnp.log(total)
         nll = lse - vocabulary.sum(local.target)
         nats = (weights * nll).sum()
-        sums = (carry[0] + nats + z_loss * (weights * lse**2).sum(), carry[1] + nats)
+        parts = nats
+        if groups_BS is not None:
+            parts = nats, ((weights * nll).sum(1)[:, None] * groups_BS).sum(0)
+        sums = (
+            carry[0] + nats + z_loss * (weights * lse**2).sum(),
+            jax.tree.map(jnp.add, carry[1], parts),
+        )
         if not grads:
             return sums, None
         # The derivative of lse by the logits is the softmax p. So that of lse - target is
@@ -171,7 +190,8 @@ def _local_loss(
     count = chunks[0].shape[0]
     zero = jnp.zeros((), wide)
     dhead = (jnp.zeros((V, D), wide), None if b_V is None else jnp.zeros(V, wide))
-    carry = (zero, zero, dhead) if grads else (zero, zero)
+    no_nats = zero if groups_BS is None else (zero, jnp.zeros(groups_BS.shape[1], wide))
+    carry = (zero, no_nats, dhead) if grads else (zero, no_nats)
     carry, dh = jax.lax.scan(add_chunk, carry, chunks, unroll=count if count <= MIN_CHUNKS else 1)
     if not grads:
         return carry
@@ -185,8 +205,11 @@ def build_loss(
     mesh: Mesh | None = None,
     route: Route | None = None,
     softcap_form: str = "tanh",
-) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Builds loss(h_BTD, w_VD, targets_BT, weights_BT, b_V=None) -> (objective, nats).
+) -> Callable[..., tuple[jax.Array, Any]]:
+    """Builds loss(h_BTD, w_VD, targets_BT, weights_BT, b_V=None, groups_BS=None).
+
+    It returns (objective, nats). If groups_BS says, as 0 or 1, to which of S groups each row
+    belongs, nats is a pair: that of all rows [], and those of each group [S].
 
     Both are weighted sums over tokens, and means if the weights sum to one over the batch.
     `objective` is nats plus z_loss * lse^2; differentiate it, as nats has no gradient. w_VD is the
@@ -207,12 +230,10 @@ def build_loss(
     options = dict(scores=scores, softcap=softcap, form=softcap_form, z_loss=cfg.z_loss)
     options |= dict(chunk_bytes=cfg.chunk_bytes)
 
-    def compute(h_BTD, w_VD, targets_BT, weights_BT, b_V, grads) -> tuple[Any, ...]:
-        head = (w_VD.astype(dtype), b_V)
+    def compute(h_BTD, w_VD, targets_BT, weights_BT, b_V, groups_BS, grads) -> tuple[Any, ...]:
+        args = h_BTD, (w_VD.astype(dtype), b_V), targets_BT, weights_BT, groups_BS
         if mesh is None or mesh.size == 1:
-            return _local_loss(
-                h_BTD, head, targets_BT, weights_BT, **options, axis=None, grads=grads
-            )
+            return _local_loss(*args, **options, axis=None, grads=grads)
         split = w_VD.shape[0] % mesh.shape["tensor"] == 0
         head_spec = P("tensor") if split else P()
 
@@ -225,24 +246,25 @@ def build_loss(
         return jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(P(BATCH_AXES), head_spec, P(BATCH_AXES), P(BATCH_AXES)),
+            in_specs=(P(BATCH_AXES), head_spec, P(BATCH_AXES), P(BATCH_AXES), P(BATCH_AXES)),
             out_specs=(P(), P(), head_spec, P(BATCH_AXES)) if grads else (P(), P()),
             check_vma=False,
-        )(h_BTD, head, targets_BT, weights_BT)
+        )(*args)
 
     @jax.custom_vjp
-    def loss(h_BTD, w_VD, targets_BT, weights_BT, b_V=None):
-        return compute(h_BTD, w_VD, targets_BT, weights_BT, b_V, grads=False)
+    def loss(h_BTD, w_VD, targets_BT, weights_BT, b_V=None, groups_BS=None):
+        return compute(h_BTD, w_VD, targets_BT, weights_BT, b_V, groups_BS, grads=False)
 
-    def forward(h_BTD, w_VD, targets_BT, weights_BT, b_V):
-        out = compute(h_BTD, w_VD, targets_BT, weights_BT, b_V, grads=True)
+    def forward(h_BTD, w_VD, targets_BT, weights_BT, b_V, groups_BS):
+        out = compute(h_BTD, w_VD, targets_BT, weights_BT, b_V, groups_BS, grads=True)
         objective, nats, (dw, db), dh = out
         return (objective, nats), (dh, dw.astype(w_VD.dtype), db)
 
     def backward(residuals, cotangents):
         dh, dw, db = residuals
         g = cotangents[0]  # nats is only reported, never differentiated
-        return (dh * g).astype(dh.dtype), dw * g, None, None, None if db is None else db * g
+        db = None if db is None else db * g
+        return (dh * g).astype(dh.dtype), dw * g, None, None, db, None
 
     loss.defvjp(forward, backward)
     return loss

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtrain.interop.initial_state import initial_state
 from jaxtrain.reporting.terminal import format_duration, format_seconds
 from jaxtrain.study.plan import StudyPlan, Trial
+from jaxtrain.training.batch_arrays import abstract_batch
 from jaxtrain.training.run import build_run, compile_step
-from jaxtrain.training.step import abstract_batch
 
 PILOT_STEPS = 8
 
@@ -77,8 +77,8 @@ def _time_steps(trial: Trial, devices: Sequence[Any] | None) -> tuple[float, flo
     """Returns the median time of a run's step and the time of its compilation, in seconds."""
     run = build_run(trial.config, devices)
     step = compile_step(run)
-    (state, _), rates, data = initial_state(run), run.rates(), run.cfg.data
-    shapes = abstract_batch(data.batch, data.seq_len, run.mesh, data.pack or data.document_mask)
+    (state, _), rates = initial_state(run), run.rates()
+    shapes = abstract_batch(run.cfg.data, run.mesh)
     random = np.random.default_rng(0)
     batch = jax.tree.map(
         lambda x: jax.device_put(random.integers(2, size=x.shape).astype(x.dtype), x.sharding),

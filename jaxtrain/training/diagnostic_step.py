@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 
 from jaxtrain.distributed.mesh import replicated
 from jaxtrain.optim import diagnostics
+from jaxtrain.training.batch_arrays import microbatches
 from jaxtrain.training.run import Run, compile_for_run
-from jaxtrain.training.step import Step, build_gradient, microbatches
+from jaxtrain.training.step import Step, build_gradient
 
 PARTS = 8  # microbatches at most, unless accumulation asks for more
 

@@ -17,9 +17,10 @@ from jaxtrain.data.sources import AnyCorpus, MixedCorpus, list_corpora
 from jaxtrain.data.tasks.open_tasks import Task, fingerprint_tasks
 from jaxtrain.distributed.mesh import replicated
 from jaxtrain.optim.acceleration import eval_params
+from jaxtrain.training.batch_arrays import microbatches, target_weights
 from jaxtrain.training.run import Run
 from jaxtrain.training.scoring import Scorer
-from jaxtrain.training.step import TrainState, batch_loss, microbatches, target_weights
+from jaxtrain.training.step import TrainState, batch_loss
 from jaxtrain.training.tasks import TaskScores
 
 FEW_TOKENS = 1_000  # a token's nats vary by about 3, so the mean of 1,000 by about 0.1

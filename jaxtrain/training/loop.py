@@ -25,6 +25,7 @@ from jaxtrain.training.finite import is_sound, name_spoiled_processes
 from jaxtrain.training.phases import AFTER_STEPS, measure_phases, show_phases
 from jaxtrain.training.programs import Programs, size_metrics
 from jaxtrain.training.run import Run
+from jaxtrain.training.source_losses import SourceLosses
 from jaxtrain.training.step import TrainState
 
 IN_STEP = "saving after this step, then stopping"
@@ -74,6 +75,7 @@ class Loop:
         self.stop = StopListener()
         self.first = self.saved_step = int(state.step)
         self.tracer = Tracer(self.cfg.workdir, self.first, self.cfg.steps, self.cfg.profile.steps)
+        self._source_losses = SourceLosses(self.cfg.data.source_names)
         self._warned_of_noise = self._showed_time_left = False
         # Step, its scalars on the device, and number of batches read up to it, which is smaller
         # than the step in a branch with other data.
@@ -175,6 +177,7 @@ class Loop:
         if self._in_flight is None:
             return
         (step, scalars, batches), self._in_flight = self._in_flight, None
+        self._source_losses.take_from(scalars)
         self._scalars, program = scalars, self.programs.at(step)
         self.collector.use(program.work)
         with self.tracer.annotate("wait"):
@@ -186,7 +189,7 @@ class Loop:
         if step % self.cfg.log_every == 0 or is_last or bad_steps:
             metrics = {name: float(x) for name, x in jax.device_get(scalars).items()}
             metrics |= self.batches.source_metrics(batches) | self.collector.summary()
-            metrics |= size_metrics(self.cfg, step)
+            metrics |= size_metrics(self.cfg, step) | self._source_losses.means()
             self.logger.write(step, metrics)
         if bad_steps:
             self.logger.note(f"step {step} skipped: its loss or its gradient is not finite")

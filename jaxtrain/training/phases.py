@@ -31,15 +31,9 @@ from jaxtrain.distributed.mesh import BATCH_AXES, replicated
 from jaxtrain.metrics.hlo_collectives import Collective, find_collectives
 from jaxtrain.metrics.names import PHASES
 from jaxtrain.model.transformer import Model
+from jaxtrain.training.batch_arrays import microbatches, target_weights
 from jaxtrain.training.run import Run, build_run
-from jaxtrain.training.step import (
-    TrainState,
-    batch_loss,
-    build_gradient,
-    microbatches,
-    state_sharding_tree,
-    target_weights,
-)
+from jaxtrain.training.step import TrainState, batch_loss, build_gradient, state_sharding_tree
 from pallas_kernels.hlo import Program
 
 ROUNDS, WARM_UP = 10, 2  # timed calls of each phase, and untimed ones before them

@@ -25,10 +25,10 @@ from jaxtrain.ops.routes import choose_routes
 from jaxtrain.optim.build import build_optimizer, peak_rates
 from jaxtrain.optim.parametrisation import scale_initial_values
 from jaxtrain.run_directory.contents import load_train_config
+from jaxtrain.training.batch_arrays import abstract_batch
 from jaxtrain.training.step import (
     Step,
     TrainState,
-    abstract_batch,
     abstract_rates,
     abstract_state,
     build_step,
@@ -121,6 +121,7 @@ def compile_step(run: Run, options: dict[str, Any] | None = None) -> Step:
         options: XLA options, over those that jaxtrain.ops.tuning chooses for the chip.
     """
     parts = run.model, run.loss, run.optimizer, run.cfg.optim, run.mesh, run.cfg.accumulation
+    parts += (len(run.cfg.data.source_names),)
     return compile_for_run(build_step(*parts), run, options)
 
 
@@ -131,11 +132,10 @@ def compile_for_run(function: Callable, run: Run, options: dict[str, Any] | None
         ValueError: a kernel that the routes promise is not in the program.
     """
     chosen = tuning.compiler_options(chip_name(run.mesh.devices.flat[0])) | (options or {})
-    data = run.cfg.data
     step = Step(
         function,
         abstract_state(run.model, run.optimizer, run.mesh),
-        abstract_batch(data.batch, data.seq_len, run.mesh, data.pack or data.document_mask),
+        abstract_batch(run.cfg.data, run.mesh),
         abstract_rates(peak_rates(run.cfg.optim, run.model.axes), run.mesh),
         options=chosen,
     )

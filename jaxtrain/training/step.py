@@ -4,7 +4,6 @@ A step whose loss or gradient is not finite is skipped: it changes neither param
 state, and is counted. Nothing in here waits for the device.
 """
 
-import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,10 +15,11 @@ import optax
 from jax.sharding import Mesh
 
 from jaxtrain.config.sections import OptimConfig
-from jaxtrain.distributed.mesh import batch_sharding, param_sharding, platform, replicated
+from jaxtrain.distributed.mesh import param_sharding, platform, replicated
 from jaxtrain.model.transformer import Model, head_weights
 from jaxtrain.optim.build import apply_and_measure, state_shardings
 from jaxtrain.optim.schedule import build_schedule
+from jaxtrain.training.batch_arrays import microbatches, source_groups, target_weights
 
 # XLA's CPU scheduler otherwise spends memory on parallelism that the thread pool cannot use:
 # 11.7 GB of temporaries against 7.2 at 1.4B parameters with Muon, the same step time at 3.5M.
@@ -27,6 +27,8 @@ CPU_OPTIONS = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     "xla_cpu_copy_insertion_use_region_analysis": True,
 }
+
+BY_SOURCE = "train/by_source"  # see build_step
 
 
 class TrainState(NamedTuple):
@@ -138,15 +140,6 @@ def init_state(model: Model, optimizer, mesh: Mesh, start: Any) -> TrainState:
     return init(start)
 
 
-def abstract_batch(batch: int, seq_len: int, mesh: Mesh, docs: bool) -> dict:
-    """Returns what `data.build_batches` yields, as ShapeDtypeStructs."""
-    struct = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
-    tokens = struct((batch, seq_len + 1), jnp.int32)
-    if not docs:
-        return {"tokens": tokens}
-    return {"tokens": tokens, "docs": tokens, "weights": struct((batch, seq_len), jnp.float32)}
-
-
 def abstract_rates(rates: dict[str, float], mesh: Mesh) -> dict:
     """Returns what place_rates returns, as ShapeDtypeStructs."""
     scalar = jax.ShapeDtypeStruct((), jnp.result_type(float), sharding=replicated(mesh))
@@ -163,41 +156,31 @@ def place_rates(rates: dict[str, float], mesh: Mesh) -> dict[str, jax.Array]:
     return jax.device_put({n: np.asarray(r, dtype) for n, r in rates.items()}, replicated(mesh))
 
 
-def target_weights(batch: dict[str, jax.Array]) -> jax.Array:
-    """Returns the weight of each target [B,T]; float32, or float64 where that is enabled.
+def batch_loss(
+    model: Model, loss: Callable, params, batch: dict, weights_BT, sources: int = 0
+) -> tuple:
+    """Returns (objective, nats) of a microbatch: weighted sums over its targets.
 
-    The batch's "weights" [B,T] if it has them; else 1 for a token and 0 for padding.
+    Args:
+        sources: S of a mixture, which makes nats a pair: that of all targets [], and those of each
+            source [S].
     """
-    if "weights" in batch:
-        return batch["weights"].astype(float)
-    if "docs" not in batch:
-        return jnp.ones(batch["tokens"][:, 1:].shape, float)
-    return (batch["docs"][:, 1:] >= 0).astype(float)
-
-
-def batch_loss(model: Model, loss: Callable, params, batch: dict, weights_BT) -> tuple:
-    """Returns (objective, nats) of a microbatch: weighted sums over its targets."""
     docs_BT = batch["docs"][:, :-1] if "docs" in batch else None
     h_BTD = model.apply(params, batch["tokens"][:, :-1], docs_BT)
     targets_BT, bias_V = batch["tokens"][:, 1:], params.get("head_bias")
-    return loss(h_BTD, head_weights(params), targets_BT, weights_BT, bias_V)
+    groups = (source_groups(batch, sources, weights_BT.dtype),) if sources else ()
+    return loss(h_BTD, head_weights(params), targets_BT, weights_BT, bias_V, *groups)
 
 
-def microbatches(x: jax.Array, count: int) -> jax.Array:
-    """Reshapes [B,...] to [count,B/count,...].
-
-    Microbatch i takes rows i, i + count, ...: every device holds a share of each microbatch, and
-    no row moves to another device.
-    """
-    return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
-
-
-def build_gradient(model: Model, loss: Callable, accumulation: int, shardings=None) -> Callable:
+def build_gradient(
+    model: Model, loss: Callable, accumulation: int, shardings=None, sources: int = 0
+) -> Callable:
     """Returns gradient(params, batch) -> (nats, objective, grads), means over the batch's targets.
 
     Args:
         accumulation: microbatches, one after another, to fit in memory.
         shardings: of the gradients, like params; None leaves them to XLA.
+        sources: as in batch_loss. The parts of nats add up to the mean over all targets.
     """
 
     def gradient(params, batch):
@@ -207,7 +190,7 @@ def build_gradient(model: Model, loss: Callable, accumulation: int, shardings=No
         weights = weights / jnp.maximum(weights.sum(), 1)
 
         def microbatch_gradient(batch, weights):
-            objective_of = lambda params: batch_loss(model, loss, params, batch, weights)
+            objective_of = lambda params: batch_loss(model, loss, params, batch, weights, sources)
             (objective, nats), grads = jax.value_and_grad(objective_of, has_aux=True)(params)
             if shardings is not None:
                 # Reduce-scatters each gradient to the parameter's own split. Without it the
@@ -223,7 +206,8 @@ def build_gradient(model: Model, loss: Callable, accumulation: int, shardings=No
         # optimizer's skipped step and keeps a second tree of them through the loop, 3.5 of
         # 30.6 GiB at 1.4B parameters (A40, jax 0.10.2).
         zero = jax.lax.optimization_barrier(jnp.zeros((), jax.tree.leaves(params)[0].dtype))
-        sums = (zero, zero, jax.tree.map(lambda w: jnp.broadcast_to(zero, w.shape), params))
+        nats = (zero, jnp.broadcast_to(zero, sources)) if sources else zero
+        sums = (nats, zero, jax.tree.map(lambda w: jnp.broadcast_to(zero, w.shape), params))
         add = lambda sums, part: (jax.tree.map(jnp.add, sums, microbatch_gradient(*part)), None)
         return jax.lax.scan(add, sums, parts)[0]
 
@@ -264,17 +248,38 @@ def build_update(model: Model, optimizer, cfg: OptimConfig) -> Callable:
 
 
 def build_step(
-    model: Model, loss: Callable, optimizer, cfg: OptimConfig, mesh: Mesh, accumulation: int = 1
+    model: Model,
+    loss: Callable,
+    optimizer,
+    cfg: OptimConfig,
+    mesh: Mesh,
+    accumulation: int = 1,
+    sources: int = 0,
 ) -> Callable:
     """Returns step(state, batch, rates) -> (state, scalars), jitted.
 
     The state is donated: XLA writes the new state into the old one's buffers, so that the device
     stores it once. XLA reuses a buffer only for an output of the same shape and sharding, hence
     out_shardings.
+
+    Args:
+        sources: of a mixture; the scalars then have BY_SOURCE, float32 [2,S]: each source's part of
+            the loss, and its share of the targets. Their ratio is the source's mean loss.
     """
     shardings = state_sharding_tree(model, optimizer, mesh)
     grad_shardings = shardings.params if mesh.size > 1 else None
-    gradient = build_gradient(model, loss, accumulation, grad_shardings)
+    gradient = build_gradient(model, loss, accumulation, grad_shardings, sources)
     update = build_update(model, optimizer, cfg)
-    step = lambda state, batch, rates: update(state, gradient(state.params, batch), rates)
+
+    def step(state, batch, rates):
+        nats, objective, grads = gradient(state.params, batch)
+        nats, *by_source = jax.tree.leaves(nats)
+        state, scalars = update(state, (nats, objective, grads), rates)
+        if sources:
+            weights_BT = target_weights(batch)
+            groups_BS = source_groups(batch, sources, weights_BT.dtype)
+            shares = (weights_BT.sum(1)[:, None] * groups_BS).sum(0)
+            scalars[BY_SOURCE] = jnp.stack([*by_source, shares / jnp.maximum(shares.sum(), 1)])
+        return state, scalars
+
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
