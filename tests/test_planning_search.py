@@ -3,13 +3,14 @@ from types import SimpleNamespace
 import pytest
 
 from configs import debug
+from jaxtrain.config.data_section import DataConfig
 from jaxtrain.config.train_config import freeze
 from jaxtrain.planning import search
 
 GIB = 2**30
 ROW_GIB = {"none": 9.0, "dots": 4.0, "attention": 1.5, "full": 1.0}
 SLOWER = {"none": 1.0, "dots": 1.1, "attention": 1.25, "full": 1.3}
-CFG = SimpleNamespace(data=SimpleNamespace(batch=64, seq_len=512))
+CFG = SimpleNamespace(data=DataConfig(batch=64, seq_len=512))
 
 
 def build_evaluate(state_gib):
