@@ -37,7 +37,7 @@ def points(noise=0.0):
 
 @pytest.fixture(scope="module")
 def exact():
-    """The fit of losses that follow the law exactly."""
+    """Returns a fit of losses that are computed from known coefficients, without noise."""
     return fit_losses(points(), redraws=2)
 
 

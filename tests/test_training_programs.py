@@ -1,4 +1,4 @@
-"""A small run whose batch grows, against a loop of its own, and interrupted before and after."""
+"""Compares a small run whose batch grows, with interruptions, with a plain loop over its steps."""
 
 import dataclasses
 

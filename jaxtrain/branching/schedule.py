@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from jaxtrain.config.mixture_fields import parse_sources, parse_stages
 from jaxtrain.config.train_config import OptimConfig, TrainConfig, describe_changes, flatten
 from jaxtrain.optim.schedule import build_schedule
 
@@ -107,13 +106,12 @@ def check_stage_ends(cfg: TrainConfig, trunk: TrainConfig, at: int) -> None:
         trunk: the trunk's config.
         at: step at which the branch begins.
     """
-    if not cfg.data.mixture or cfg.data.stages != trunk.data.stages:
+    if cfg.data.stages != trunk.data.stages:
         return
-    stages = parse_stages(cfg.data.stages, parse_sources(cfg.data.mixture))
-    for i, stage in enumerate(stages[:-1], start=1):
+    for i, stage in enumerate(cfg.data.mixture_stages[:-1], start=1):
         if stage.share is None:
             continue
-        was, now = (round(stage.share * steps) for steps in (trunk.steps, cfg.steps))
+        was, now = (cfg.data.stage_end(stage, steps) for steps in (trunk.steps, cfg.steps))
         if was != now and min(was, now) < at:
             raise ValueError(
                 f"a branch must keep the stages that were read; stage {i} of data.stages, until "

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from jaxtrain.config.batch_schedule import BatchSchedule, parse_schedule
 from jaxtrain.config.fields import Section, knob
-from jaxtrain.config.mixture_fields import parse_epochs, parse_sources, parse_stages
+from jaxtrain.config.mixture_fields import Stage, parse_epochs, parse_sources, parse_stages
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,18 @@ class DataConfig(Section):
     def source_names(self) -> tuple[str, ...]:
         """The sources of data.mixture in the order of their numbers; () without a mixture."""
         return tuple(sorted(parse_sources(self.mixture)))
+
+    @property
+    def mixture_stages(self) -> tuple[Stage, ...]:
+        """The stages of data.mixture; () without a mixture."""
+        sources = parse_sources(self.mixture)
+        return parse_stages(self.stages, sources) if sources else ()
+
+    def stage_end(self, stage: Stage, steps: int) -> int:
+        """Returns the step nearest to the end of a stage, of a run of `steps`; not of the last."""
+        if stage.share is not None:
+            return round(stage.share * steps)
+        return self.sizes.step_at(Fraction(stage.tokens or 0, self.seq_len))
 
     def tokens_before(self, step: int) -> int:
         """Returns the tokens of all steps before this one, counted from 0."""

@@ -60,8 +60,7 @@ class BatchSource:
 
     def places_before(self, index: int) -> int:
         """Returns the place of the endless list at which a batch begins."""
-        before = self._sizes.sequences_before
-        return self.origin.place + before(self.origin.step + index) - before(self.origin.step)
+        return count_places(self._sizes, self.origin, index)
 
     def _numbers(self, places: np.ndarray) -> np.ndarray:
         """Returns the sequence at each place of the site's endless list, [N] int64."""
@@ -77,6 +76,12 @@ class BatchSource:
             inside = blocks == number
             numbers[inside] = block[places[inside] - number * BLOCK]
         return numbers
+
+
+def count_places(sizes: BatchSchedule, origin: Origin, batches: int) -> int:
+    """Returns how many places of the endless list lie before the end of so many batches."""
+    before = sizes.sequences_before
+    return origin.place + before(origin.step + batches) - before(origin.step)
 
 
 def epoch_order(sequences: int, seed: int, site: tuple[int, int] = (0, 1)) -> Order:

@@ -6,7 +6,7 @@ The batches that a run has read must stay as they were. Later ones may have othe
 from typing import Any
 
 from jaxtrain.config.batch_schedule import BatchPhase, BatchSchedule
-from jaxtrain.data.batch_source import Origin
+from jaxtrain.data.batch_source import Origin, count_places
 
 StoredSizes = int | dict[str, Any]
 
@@ -27,11 +27,9 @@ def read_sizes(stored: StoredSizes) -> tuple[BatchSchedule, Origin]:
     return BatchSchedule(phases), Origin(*stored["origin"])
 
 
-def count_places(stored: StoredSizes, batches: int) -> int:
-    """Returns how many places of the endless list lie before the end of so many batches."""
-    sizes, origin = read_sizes(stored)
-    before = sizes.sequences_before
-    return origin.place + before(origin.step + batches) - before(origin.step)
+def stored_places(stored: StoredSizes, batches: int) -> int:
+    """Returns how many places of the endless list so many batches of a checkpoint have read."""
+    return count_places(*read_sizes(stored), batches)
 
 
 def describe_changes(stored: StoredSizes, sizes: BatchSchedule, batches: int) -> list[str]:

@@ -144,7 +144,7 @@ class Batches:
         if changed:
             return changed
         mixtures = state.get("mixture"), self._identity.get("mixture")
-        places = batch_state.count_places(state["batch"], state["step"])
+        places = batch_state.stored_places(state["batch"], state["step"])
         return describe_changes(*mixtures, places, self._sizes.step_at)
 
     def has_sizes_of(self, state: dict) -> bool:

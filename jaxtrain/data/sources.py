@@ -16,7 +16,6 @@ from jaxtrain.config.mixture_fields import (
     Stage,
     parse_epochs,
     parse_sources,
-    parse_stages,
     write_sources,
 )
 from jaxtrain.config.train_config import DataConfig
@@ -113,7 +112,9 @@ def open_split(
             return open_corpus(cfg, split, vocab_size, workdir)
     plan = _plan_stages(cfg, steps)
     sources = {}
-    for name, path in sorted(parse_sources(cfg.mixture).items()):
+    paths = parse_sources(cfg.mixture)
+    for name in cfg.source_names:
+        path = paths[name]
         with add_path_to_errors(path):
             try:
                 own = source_config(cfg, name, path)
@@ -179,7 +180,7 @@ def planned_sequences(cfg: DataConfig, steps: int) -> dict[str, int]:
     Raises:
         ValueError: a stage contains no step.
     """
-    plan, names = _plan_stages(cfg, steps), sorted(parse_sources(cfg.mixture))
+    plan, names = _plan_stages(cfg, steps), cfg.source_names
     counts = _build_mixture(names, plan.stages, plan.starts).counts(plan.places)
     return dict(zip(names, counts.tolist(), strict=True))
 
@@ -194,14 +195,10 @@ def _build_mixture(names: Sequence[str], stages: Sequence[Stage], starts: Sequen
 
 def _plan_stages(cfg: DataConfig, steps: int) -> _Plan:
     """Returns where each stage starts. Stages end with a step, the one nearest to the given end."""
-    names = parse_sources(cfg.mixture)
-    stages, limits = parse_stages(cfg.stages, names), parse_epochs(cfg.max_epochs, names)
+    stages, limits = cfg.mixture_stages, parse_epochs(cfg.max_epochs, cfg.source_names)
     starts = [0]
     for i, stage in enumerate(stages[:-1], start=1):
-        if stage.share is not None:
-            starts.append(round(stage.share * steps))
-        else:
-            starts.append(cfg.sizes.step_at(Fraction(stage.tokens or 0, cfg.seq_len)))
+        starts.append(cfg.stage_end(stage, steps))
         if starts[-1] <= starts[-2]:
             raise ValueError(
                 f"data.stages must have stages of at least one step; got stage {i}, which ends "

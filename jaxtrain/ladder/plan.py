@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxtrain.config.mixture_fields import parse_sources, parse_stages
 from jaxtrain.config.train_config import TrainConfig, freeze, to_dict
 
 LEAST_CELLS = 6  # to fit 5 coefficients
@@ -74,11 +73,8 @@ class Plan(NamedTuple):
         The held-out loss of a run weighs them by what that run read, which differs between
         horizons if the mixture has stages.
         """
-        data = self.base.data
-        if not data.mixture:
-            return {}
-        weights = parse_stages(data.stages, parse_sources(data.mixture))[-1].weights
-        return {name: float(weight) for name, weight in weights.items()}
+        stages = self.base.data.mixture_stages
+        return {name: float(x) for name, x in stages[-1].weights.items()} if stages else {}
 
     def tokens(self, horizon: int) -> int:
         """Returns the tokens that a horizon trains on."""
@@ -175,11 +171,8 @@ def _check_stages(plan: Plan) -> None:
 
     The fit assumes that a longer horizon has only more tokens of the same kind.
     """
-    data = plan.base.data
-    if not data.mixture:
-        return
     first = plan.tokens(min(plan.branch_step(cell.horizon) for cell in plan.all_cells))
-    for stage in parse_stages(data.stages, parse_sources(data.mixture))[:-1]:
+    for stage in plan.base.data.mixture_stages[:-1]:
         if stage.tokens is None or stage.tokens > first:
             end = (
                 f"{stage.tokens:,} tokens"

@@ -11,12 +11,12 @@ from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.ladder.fit import NAMES, Fit, Point
 from jaxtrain.ladder.plan import Cell, Plan
 from jaxtrain.ladder.runs import Cost
+from jaxtrain.study.picture import COLORS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TABLE, RESULT, PREDICTION, PICTURE = "ladder.csv", "ladder.json", "prediction.json", "ladder.png"
-COLORS = ("#1f5fa8", "#d1495b", "#2a9d6f", "#e08e1b", "#7a4fa3", "#4d4d4d", "#17a2b8", "#9c6b30")
 LEVEL = 0.9  # of the intervals
 
 

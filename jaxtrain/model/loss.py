@@ -163,10 +163,10 @@ def _local_loss(
         total = vocabulary.sum(local.total * jnp.exp(local.top - top))
         lse = top + jnp.log(total)
         nll = lse - vocabulary.sum(local.target)
-        nats = (weights * nll).sum()
-        parts = nats
+        weighted = weights * nll
+        parts = nats = weighted.sum()
         if groups_BS is not None:
-            parts = nats, ((weights * nll).sum(1)[:, None] * groups_BS).sum(0)
+            parts = nats, (weighted.sum(1)[:, None] * groups_BS).sum(0)
         sums = (
             carry[0] + nats + z_loss * (weights * lse**2).sum(),
             jax.tree.map(jnp.add, carry[1], parts),

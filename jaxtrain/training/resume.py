@@ -6,7 +6,7 @@ from typing import Any
 
 import jaxtrain.config.train_config as config_lib
 from jaxtrain.checkpoint.manager import Checkpoints, Restored
-from jaxtrain.data.batch_state import count_places
+from jaxtrain.data.batch_state import stored_places
 from jaxtrain.data.loader import Batches
 from jaxtrain.distributed.broadcast import broadcast_from_process_0
 from jaxtrain.errors import CheckpointError
@@ -98,7 +98,7 @@ def place_in_data(batches: Batches, branch: dict[str, Any]) -> None:
     if other and not branch["new_data"] or first and not other and batches.has_sizes_of(read):
         batches.restore(read)  # raises an error if the data are other ones
         return
-    batches.begin_at(first, 0 if other else count_places(read["batch"], read["step"]))
+    batches.begin_at(first, 0 if other else stored_places(read["batch"], read["step"]))
 
 
 def check_begins_anew(branch: dict[str, Any], workdir: str) -> None:
