@@ -1,6 +1,6 @@
 """Records both sides of a tiny config in this process, for the tests of crosscheck."""
 
-import contextlib
+import dataclasses
 from pathlib import Path
 from unittest import mock
 
@@ -11,7 +11,8 @@ import torch
 
 from configs import crosscheck_gpt2, crosscheck_llama
 from jaxtrain.config.train_config import freeze
-from jaxtrain.crosscheck import jax_train, rounding, torch_data, torch_train
+from jaxtrain.crosscheck import jax_train, torch_data, torch_train
+from jaxtrain.crosscheck.tolerances import fixed_tolerance
 from jaxtrain.crosscheck.trace import batches_of, read_trace
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.training.run import build_run
@@ -42,64 +43,39 @@ def small_config(model, folder, text, precision="float64", steps=3, data=None, *
     return freeze(config)
 
 
-BUILT = {}  # by program_key
-
-
-def program_key(cfg):
-    """Returns the fields in which these tests' compiled programs and initial states differ."""
-    return cfg.model, cfg.optim, cfg.data.batch, cfg.data.seq_len, cfg.seed, cfg.weights
-
-
-@contextlib.contextmanager
-def programs_built_once():
-    """Lets recordings with the same config share compiled programs, for all tests of a process."""
-    run_key = lambda run: program_key(run.cfg)
-    parts = (
-        (jax_train, "build_traced_step", run_key),
-        (rounding, "build_traced_step", run_key),
-        (rounding, "build_forward_backward_in_other_precision", program_key),
-        (jax_train, "initial_state", run_key),
-    )
-
-    def once(module, name, key):
-        build = getattr(module, name)
-
-        def find(argument):
-            place = module, name, key(argument)
-            if place not in BUILT:
-                BUILT[place] = build(argument)
-            return BUILT[place]
-
-        return mock.patch.object(module, name, find)
-
-    with contextlib.ExitStack() as patches:
-        for part in parts:
-            patches.enter_context(once(*part))
-        yield
+STEPS = {}  # compiled steps by the fields in which these tests' programs differ
 
 
 def record_jax(cfg, path, measure_rounding=False, **options):
-    """Returns (Start, trace of the jaxtrain side)."""
-    with programs_built_once():
-        start = jax_train.build_start(cfg)
+    """Returns (Start, trace of the jaxtrain side). Runs with the same settings share a program."""
+    start, key = draw_start(cfg, read_data=True), (cfg.model, cfg.optim, cfg.data)
+    if key not in STEPS:
+        STEPS[key] = jax_train.build_traced_step(start.run)
+    with mock.patch.object(jax_train, "build_traced_step", lambda run: STEPS[key]):
         jax_train.record(start, cfg.steps, path, measure_rounding=measure_rounding, **options)
     return start, read_trace(path)
+
+
+def one_layer(cfg):
+    """Returns a config of one layer, which compiles in two thirds of the time of two layers."""
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, L=1))
 
 
 def draw_start(cfg, read_data=False):
     """Returns what build_start does, with weights drawn here: the model's own take 3 s to compile.
 
-    Gains and biases are random, too, so that each has an effect.
+    Gains are near 1 and biases are 0.
     """
     run, rng = build_run(cfg, jax.devices()[:1]), np.random.default_rng(cfg.seed)
 
     def draw(path, x):
+        spread = 0.0 if path[-1].key in ("b", "bias") else 0.1
         middle = 1.0 if path[-1].key == "gain" else 0.0
-        return (middle + 0.1 * rng.normal(size=x.shape)).astype(np.float32)
+        w = middle + spread * rng.normal(size=x.shape)
+        return w.astype(np.float32).astype(x.dtype)  # exact in a file of float32
 
     weights = jax.tree_util.tree_map_with_path(draw, run.model.shapes)
-    put = lambda w, x: jax.numpy.array(w, x.dtype)  # a copy, which init_state donates
-    params = jax.tree.map(put, weights, run.model.shapes)
+    params = jax.tree.map(jax.numpy.array, weights)  # copies, which init_state donates
     state = init_state(run.model, run.optimizer, run.mesh, params)
     corpus = None
     if read_data:
@@ -115,3 +91,12 @@ def record_torch(start, path, cfg=None, batches=None):
     batches = batches_of(batches) if batches else own
     torch_train.record(cfg, cfg.steps, path, start.weights, batches)
     return read_trace(path)
+
+
+def median_share_of_formula(comparison):
+    """Returns the median of the measured tolerances over those of the formula."""
+    precision, found = comparison.precision, comparison.differences.values()
+    differences = [d for step in found for d in step if d.tolerance]
+    return np.median(
+        [d.tolerance / fixed_tolerance(precision, d.quantity, d.step) for d in differences]
+    )

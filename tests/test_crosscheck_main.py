@@ -27,6 +27,8 @@ from jaxtrain.crosscheck.trace import batches_of, read_trace  # noqa: E402
 from jaxtrain.interop.llmc import HEADER, file_layout  # noqa: E402
 from tests.crosscheck_sides import (  # noqa: E402, F401
     draw_start,
+    median_share_of_formula,
+    one_layer,
     one_thread_and_old_x64_setting,
     record_torch,
     small_config,
@@ -85,7 +87,7 @@ def test_a_users_loop_on_transformers_gpt2_is_followed_to_its_first_fault(tmp_pa
     options = {"name": "adamw", "schedule": "constant", "warmup_steps": 0, "clip_norm": 0.0}
     options["weight_decay"] = 0.0
     cfg = small_config("gpt2", tmp_path, text, "float32", 3, adam_eps=1e-6, **options)
-    start = draw_start(cfg)
+    start = draw_start(one_layer(cfg))
     model = build_hf_gpt2(start, tmp_path / "hf")
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=3e-3, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0
@@ -136,7 +138,7 @@ def write_state(path, model, x, y):
 def test_gradients_are_compared_with_an_llmc_debug_state(tmp_path, text, capsys):
     cfg = small_config("gpt2", tmp_path, text, "float32", name="adamw")
     config = to_config_dict(cfg)
-    config.model.update(F=4 * cfg.model.D, V=200)
+    config.model.update(L=1, F=4 * cfg.model.D, V=200)
     start = draw_start(freeze(config))
     axes = named_leaves(start.run.model.axes)
     model = build_hf_gpt2(start, tmp_path / "hf")
@@ -174,6 +176,8 @@ def test_the_command_compares_a_config_in_float64_and_plots_the_losses(tmp_path,
     assert agree in capsys.readouterr().out
     assert (tmp_path / "compare_float64.png").stat().st_size > 10_000
     traces = [tmp_path / f"{side}_float64.jsonl" for side in ("jaxtrain", "pytorch")]
+    found = compare_traces(*map(read_trace, traces))
+    assert found.measured and median_share_of_formula(found) < 1  # stricter than the formula
     lines = traces[1].read_text().splitlines()
     spoiled = tmp_path / "spoiled.jsonl"
     spoiled.write_text("\n".join([*lines[:2], lines[2].replace('"inputs": "', '"inputs": "x'), ""]))

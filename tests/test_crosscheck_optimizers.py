@@ -29,6 +29,7 @@ from jaxtrain.interop.hf import write_folder  # noqa: E402
 from jaxtrain.model.trees import named_leaves  # noqa: E402
 from tests.crosscheck_sides import (  # noqa: E402, F401
     draw_start,
+    one_layer,
     one_thread_and_old_x64_setting,
     small_config,
 )
@@ -159,7 +160,7 @@ def test_nanogpts_and_the_trainers_recipes_agree_in_float64(tmp_path):
     options = dict(name="adamw", decay_groups="matrices,embedding,positions,head", clip_norm=0.5)
     options |= dict(weight_decay=0.1, clip_eps=1e-6, adam_learning_rate=6e-4, adam_eps=1e-8)
     cfg = small_config("gpt2", tmp_path, tmp_path / "text.txt", "float64", 3, **CONSTANT, **options)
-    start = start_from_folder(cfg, tmp_path / "hf")
+    start = start_from_folder(one_layer(cfg), tmp_path / "hf")
     compared = []
     for groups in (nanogpt_groups, trainer_groups):
         model = load_gpt2(tmp_path / "hf", torch.float64)
@@ -192,7 +193,7 @@ def test_a_loop_with_stock_torch_muon_is_followed_in_bfloat16_products(tmp_path)
     cfg = small_config(
         "llama", tmp_path, tmp_path / "text.txt", "float64", 1, **CONSTANT, **options
     )
-    start = start_from_folder(cfg, tmp_path / "hf")
+    start = start_from_folder(one_layer(cfg), tmp_path / "hf")
     model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float64)
     named = dict(model.named_parameters())
     matrices = [n for n in named if n.endswith("_proj.weight")]

@@ -153,9 +153,7 @@ def compare_llmc(weights: str | Path, state: str | Path, workdir: str | Path) ->
     # A debug state has gradients and no updates, so the optimizer is the one that compiles fastest.
     optim = config_lib.OptimConfig(name="adamw")
     config = config_lib.to_config_dict(
-        TrainConfig(
-            model=model, data=data, optim=optim, weights=str(weights), workdir=str(folder)
-        )
+        TrainConfig(model=model, data=data, optim=optim, weights=str(weights), workdir=str(folder))
     )
     cfg = resolve_config(config, 1, "float32")
     start = jax_train.build_start(cfg, read_data=False)
