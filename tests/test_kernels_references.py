@@ -211,12 +211,28 @@ def test_head_scores_equal_the_reference(N, D, V, softcap, dtype):
     assert distance(lse(got), lse(want)) < 1e-6
     assert distance(got.hit_N, want.hit_N) < 2e-6
     assert not got.hit_N[targets < 0].any() and not got.hit_N[targets >= V].any()
-    dlogits = lambda scores: jnp.exp(scores.logits_NV - lse(scores)[:, None])
-    assert distance(dlogits(got).astype(HALF), dlogits(want)) < 2e-3
+    softmax = want.softmax(lse(want))
+    assert distance(got.softmax(lse(got)).astype(HALF), softmax) < 2e-3
 
-    lean = head_scores(h, w, targets, HEAD, softcap, keep=False, interpret=INTERPRET)
-    assert lean.logits_NV is None
-    assert jnp.array_equal(lse(lean), lse(got)) and jnp.array_equal(lean.hit_N, got.hit_N)
+    for keep in ("exponentials", ""):
+        other = head_scores(h, w, targets, HEAD, softcap, keep, INTERPRET)
+        assert other.logits_NV is None
+        assert jnp.array_equal(lse(other), lse(got)) and jnp.array_equal(other.hit_N, got.hit_N)
+        if keep:
+            rounded = other.softmax(lse(got)).astype(HALF)
+            assert distance(rounded, softmax) < (2e-3 if dtype == FULL else 3e-3)
+
+
+def test_the_error_of_kept_exponentials_does_not_grow_with_the_logits():
+    h, w = draw(0, (16, 64), HALF), draw(1, (256, 64), HALF) * 8  # logits up to about 250
+    targets = jnp.zeros(16, jnp.int32)
+    want = head_scores_reference(*exact(h, w), targets)
+    lse = want.top_N + jnp.log(want.total_N)
+    got = head_scores(h, w, targets, HEAD, 0.0, "exponentials", INTERPRET)
+    assert jnp.abs(want.logits_NV).max() > 200
+    assert distance(got.softmax(lse), want.softmax(lse)) < 3e-3
+    # Logits in bfloat16 would be off by half a unit here.
+    assert distance(jnp.exp(want.logits_NV.astype(HALF) - lse[:, None]), want.softmax(lse)) > 0.1
 
 
 SMALL = FlashAttentionTiles(
