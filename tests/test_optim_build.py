@@ -260,7 +260,9 @@ def test_updates_are_added_and_their_root_mean_square_is_that_of_each_group(monk
     fill = lambda a: jnp.full(a.shape(FEW_SIZES), 2.0 if a.is_matrix else 3.0)
     updates = jax.tree.map(fill, FEW)
     params, ones = jax.tree.map(jnp.ones_like, updates), jax.tree.map(jnp.ones_like, updates)
-    measure = jax.jit(lambda params, updates: apply_and_measure(params, updates, FEW, OptimConfig()))
+    measure = jax.jit(
+        lambda params, updates: apply_and_measure(params, updates, FEW, OptimConfig())
+    )
     new, rms = measure(params, updates)
     jax.tree.map(np.testing.assert_array_equal, new, jax.tree.map(jnp.add, ones, updates))
     assert {k: float(v) for k, v in rms.items()} == {

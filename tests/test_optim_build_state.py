@@ -90,7 +90,7 @@ def updater(options):
     return jax.jit(optimizer.init), update, peak_rates(cfg, DEGENERATE_AXES)
 
 
-# Without clipping, optimizers that square their gradient would exceed float32's range by definition.
+# Without clipping, optimizers that square their gradient would exceed the range of float32.
 UNCLIPPED = [{"name": "muon"}, {"name": "normuon"}, ACCELERATED]
 
 
