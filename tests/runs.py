@@ -118,10 +118,10 @@ def fork_command(name: str, *arguments: str, env: dict[str, str] | None = None) 
     return fork_program(program, *arguments, env=env)
 
 
-def fork_cli(*arguments, cwd: Path = ROOT) -> Fork:
+def fork_cli(*arguments, cwd: Path = ROOT, env: dict[str, str] | None = None) -> Fork:
     """Starts `jaxtrain` with these arguments in such a fork."""
     program = f"import os\nos.chdir({str(cwd)!r})\nfrom jaxtrain.cli import main\n"
-    return fork_program(program + "raise SystemExit(main())", *arguments)
+    return fork_program(program + "raise SystemExit(main())", *arguments, env=env)
 
 
 def fork_program(program: str, *arguments, env: dict[str, str] | None = None) -> Fork:
