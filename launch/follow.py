@@ -223,6 +223,8 @@ class JobMonitor:
         """
         deadline = time.monotonic() + wait_s
         while (left_s := deadline - time.monotonic()) > 0:
+            if all(f.ended for f in self.followers) and self.events.empty():
+                break
             try:
                 host, data = self.events.get(timeout=left_s)
             except queue.Empty:

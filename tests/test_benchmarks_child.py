@@ -62,9 +62,9 @@ def test_processes_that_a_child_started_are_killed_with_it(tmp_path, script, sta
     path = tmp_path / "output"
     start = f"start_new_session={own_session}).pid, flush=True);"
     start = f"import subprocess, time; print(subprocess.Popen(['sleep', '60'], {start}"
-    argv = [sys.executable, "-c", start + script]
+    argv = [sys.executable, "-S", "-c", start + script]  # -S: starts sooner
     with open(path, "w") as output:
-        assert run_process_group(argv, output, 2.0, None) == status
+        assert run_process_group(argv, output, 1.0, None) == status
     pid, until = int(path.read_text()), time.monotonic() + 5
     while is_running(pid) and time.monotonic() < until:
         time.sleep(0.01)

@@ -7,14 +7,15 @@ from jaxtrain.benchmarks.collectives import MESHES, TABLES, main, measure_update
 from jaxtrain.optim.build import OPTIMIZERS
 
 PAGE = Path(__file__).parent.parent / "docs" / "optimizers.md"
-SAMPLED = [
-    *((name, "2x2x2") for name in OPTIMIZERS),
-    ("muon", "8x1x1"),
-    ("muon", "8x1x1, 6 layers"),
-    ("muon", "1x8x1"),
-    ("normuon", "1x4x2"),
-    ("adamw", "8x1x1, 6 layers"),
-]
+OTHER_MESHES = {
+    "muon": "8x1x1, 6 layers",
+    "muon_h": "8x1x1",
+    "muown": "1x8x1",
+    "normuon": "1x4x2",
+    "adam_h": "8x1x1, 6 layers",
+}
+# Each optimizer on one mesh, so that each mesh has at least one, and muon on two.
+SAMPLED = [("muon", "2x2x2"), *((name, OTHER_MESHES.get(name, "2x2x2")) for name in OPTIMIZERS)]
 
 
 @functools.cache

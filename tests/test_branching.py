@@ -31,7 +31,7 @@ STEPS, EVERY, AT = 6, 2, 2
 # An accelerated optimizer, so that the evaluated weights are not the parameters.
 VALUES = {"steps": STEPS, "save_every": EVERY, "keep_every": EVERY, "log_every": 1}
 VALUES |= {"optim__name": "adamw", "optim__accelerated": True, "optim__strength": 0.5}
-VALUES |= {"optim__schedule": "constant", "sample__tokens": 0, "eval_tokens": 256}
+VALUES |= {"optim__schedule": "constant", "sample__tokens": 0, "eval_tokens": 256, "model__L": 1}
 
 
 @pytest.fixture(scope="module")
@@ -214,13 +214,20 @@ def test_the_folder_of_a_run_names_its_config(trunk):
     assert config.optim.total_steps == 9  # follows --steps, as in the config that was trained
 
 
-def test_an_average_is_that_of_the_evaluated_weights_and_a_run_of_its_own(trunk, tmp_path):
-    steps, to = [2, 4, 6], tmp_path / "merged"
-    figures = merge(trunk, [4, 2, 6], "uniform", to)
+@pytest.fixture(scope="module")
+def merged(trunk):
+    """The folder of an average of the trunk's checkpoints, and the figures of both."""
+    to = trunk.parent / "merged"
+    return to, merge(trunk, [4, 2, 6], "linear", to)
+
+
+def test_an_average_is_that_of_the_evaluated_weights_and_a_run_of_its_own(trunk, merged, tmp_path):
+    steps, (to, figures) = [2, 4, 6], merged
     parts = [evaluated(trunk, step)[0] for step in steps]
-    mean = jax.tree.map(lambda *x: np.mean(np.array(x, np.float64), 0).astype(np.float32), *parts)
+    average = lambda *x: np.average(np.array(x, np.float64), 0, [1, 2, 3]).astype(np.float32)
+    mean = jax.tree.map(average, *parts)
     got, params = evaluated(to)
-    # The sum of thirds may round to the neighbour of the rounded mean.
+    # A weighted sum may round to the neighbour of the rounded mean.
     jax.tree.map(lambda a, b: np.testing.assert_array_max_ulp(a, np.asarray(b), 1), mean, got)
     jax.tree.map(np.testing.assert_array_equal, got, params)
     logged = runs.read_metrics(trunk / "metrics.jsonl")[-1]  # of one device; here are several
@@ -241,11 +248,11 @@ def test_an_average_is_that_of_the_evaluated_weights_and_a_run_of_its_own(trunk,
         merge(trunk, steps, "uniform", tmp_path / "new", tasks="gone=/no/such.jsonl")
 
 
-def test_an_average_can_be_branched(trunk, tmp_path):
-    merge(trunk, [4, 6], "linear", tmp_path / "merged")
-    cfg = dataclasses.replace(load_train_config(tmp_path / "merged"), steps=8)
-    branch = plan_branch(tmp_path / "merged", STEPS, tmp_path / "on", cfg)
+def test_an_average_can_be_branched(merged, tmp_path):
+    folder, _ = merged
+    cfg = dataclasses.replace(load_train_config(folder), steps=8)
+    branch = plan_branch(folder, STEPS, tmp_path / "on", cfg)
     create_branch(branch)
     state, batch = begin(branch)
     assert (int(state.step), batch) == (STEPS, STEPS)
-    assert read_lineage(branch.folder)["parent"] == str(tmp_path / "merged")
+    assert read_lineage(branch.folder)["parent"] == str(folder)

@@ -21,7 +21,7 @@ KILLED = """
 
     with Checkpoints(sys.argv[1], 1) as checkpoints:
         for step in (1, 2):
-            state = {"w": jnp.full((24 << 20,), step, jnp.float32), "step": jnp.int32(step)}
+            state = {"w": jnp.full((12 << 20,), step, jnp.float32), "step": jnp.int32(step)}
             checkpoints.save(step, state, {"next": step})
             if step == 1:
                 checkpoints.wait()
@@ -34,7 +34,7 @@ def start(program, *args, **env):
 
 def test_kill_9_in_the_middle_of_a_save_leaves_the_last_good_step(tmp_path):
     in_the_middle = 0
-    for delay_s in (0.0, 0.03, 0.1):
+    for delay_s in (0.0, 0.03):
         folder = tmp_path / str(delay_s)
         child = start(KILLED, folder)
         while not list(folder.glob("2.*")) and not (folder / "2").exists():  # the save has begun
@@ -46,7 +46,7 @@ def test_kill_9_in_the_middle_of_a_save_leaves_the_last_good_step(tmp_path):
         left = [path.name for path in folder.glob("2.*")]
         in_the_middle += bool(left)
         with Checkpoints(folder, 1) as checkpoints:
-            template = abstract({"w": jnp.zeros(24 << 20), "step": jnp.int32(0)})
+            template = abstract({"w": jnp.zeros(12 << 20), "step": jnp.int32(0)})
             step, state, meta = checkpoints.restore(template)
             assert step == (1 if left else 2) and meta == {"next": step} and state["step"] == step
             assert (np.asarray(state["w"]) == step).all() and checkpoints.rejected == []

@@ -1,7 +1,6 @@
 """Command lines name a config and set its fields; each error is one line."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -260,14 +259,12 @@ def test_the_arguments_after_the_dashes_of_launch_are_a_command_line_of_train():
 
 
 def test_a_config_is_trained_by_its_name_from_another_folder(tmp_path):
-    argv = [sys.executable, "-m", "jaxtrain", "train", "--steps", "2", "debug"]
-    argv += ["--workdir=a run", "--sample.tokens=0", "--data.text=text é.txt", "--compile_cache="]
+    argv = ["train", "--steps", "2", "debug", "--workdir=a run", "--sample.tokens=0"]
+    argv += ["--data.text=text é.txt", "--compile_cache="]
     argv += ["--model.L=1", "--model.D=8", "--optim.name=adamw"]  # to compile faster
     (tmp_path / "text é.txt").write_text("".join(f"{i} times {i} is {i * i}\n" for i in range(999)))
-    env = os.environ | {"PYTHONPATH": str(runs.ROOT), "LANG": "C", "NO_COLOR": "1"}
-    env["XLA_FLAGS"] = xla_flags.flags(devices=1)  # compiles faster than for 8
-    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    flags = {"XLA_FLAGS": xla_flags.flags(devices=1)}  # compiles faster than for 8
+    runs.finish(runs.fork_cli(*argv, cwd=tmp_path, env=os.environ | flags))
     assert Path(tmp_path, "a run", "summary.json").exists()
 
 

@@ -17,6 +17,7 @@ from jaxtrain.crosscheck import torch_model, torch_muon, torch_train  # noqa: E4
 from jaxtrain.crosscheck.comparison import compare_traces  # noqa: E402
 from jaxtrain.crosscheck.explanation import explain, steps_table  # noqa: E402
 from tests.crosscheck_sides import (  # noqa: E402, F401
+    one_layer,
     one_thread_and_old_x64_setting,
     record_jax,
     record_torch,
@@ -42,6 +43,7 @@ def recorded(tmp_path_factory):
     def get(name):
         if name not in made:
             cfg = small_config(folder=folder / name, text=folder / "text", **RUNS[name])
+            cfg = one_layer(cfg) if name == "packed" else cfg
             made[name] = record_jax(cfg, folder / f"{name}.jsonl", keep_batches=True)
         return made[name]
 

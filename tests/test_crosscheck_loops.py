@@ -28,7 +28,7 @@ def llama():
         vocab_size=V,
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=T,
@@ -38,7 +38,7 @@ def llama():
 
 def gpt2():
     config = transformers.GPT2Config(
-        vocab_size=V, n_embd=16, n_layer=2, n_head=2, n_positions=T, bos_token_id=0, eos_token_id=0
+        vocab_size=V, n_embd=16, n_layer=1, n_head=2, n_positions=T, bos_token_id=0, eos_token_id=0
     )
     return transformers.GPT2LMHeadModel(config).eval()
 
@@ -65,7 +65,7 @@ class Block(nn.Module):
 class NanoGPT(nn.Module):
     """A GPT with nanoGPT's names; its forward pass returns (logits, loss)."""
 
-    def __init__(self, D=16, H=2, L=2):
+    def __init__(self, D=16, H=2, L=1):
         super().__init__()
         parts = {"wte": nn.Embedding(V, D), "wpe": nn.Embedding(T, D), "ln_f": nn.LayerNorm(D)}
         parts["h"] = nn.ModuleList(Block(D, H) for _ in range(L))

@@ -12,6 +12,7 @@ from jaxtrain.config.sections import DECAY_GROUPS, OptimConfig
 torch = pytest.importorskip(
     "torch", reason='torch is missing: pip install "jaxtrain[crosscheck]" to test the PyTorch side'
 )
+from jaxtrain.crosscheck import tensor_check  # noqa: E402
 from jaxtrain.crosscheck.explanation import explain  # noqa: E402
 from jaxtrain.crosscheck.optimizer_check import build_config, check_optimizer  # noqa: E402
 from jaxtrain.crosscheck.tensor_check import compare_on_tensors  # noqa: E402
@@ -119,7 +120,9 @@ def test_a_correct_muon_agrees_on_random_tensors():
         ({"weight_decay": 0.0}, 1, "decays"),
     ],
 )
-def test_a_setting_of_muon_that_differs_is_named(options, step, words):
+def test_a_setting_of_muon_that_differs_is_named(options, step, words, monkeypatch):
+    matrices = {name: tensor_check.MATRICES[name] for name in ("wide", "tall")}  # compiles sooner
+    monkeypatch.setattr(tensor_check, "MATRICES", matrices)
     found = compare(SOURCE, "muon", arguments=MUON, **options)
     assert found.divergence is not None and found.divergence.first.step == step
     assert words in " ".join(found.causes)

@@ -26,13 +26,13 @@ FORMS = {
     | dict(norm="layer", position="learned", mlp="gelu", bias=True, tied=True, positions=24),
     "capped": SCANNED
     | dict(G=1, mlp="relu2", logit_softcap=2.0, window=7, attention_bias="all")
-    | dict(rope_scaling="linear", rope_factor=4.0),
+    | dict(rope_scaling="linear", rope_factor=4.0)
+    | dict(norm_place="post", qk_norm=True, qk_norm_over="all"),
     "mixed": SCANNED
-    | dict(L=5, G=2, window=5, global_every=2, nope_every=4, attention_bias="qkv")
+    | dict(L=4, G=2, window=5, global_every=2, nope_every=4, attention_bias="qkv")
     | dict(rope_local_theta=50.0, rope_scaling="llama3", rope_factor=8.0)
     | dict(rope_theta=100.0, rope_original_positions=16),
-    "olmo2": SCANNED | dict(G=2, norm_place="post", qk_norm=True, qk_norm_over="all"),
-    "gemma": SMALL
+    "gemma": SCANNED
     | dict(G=2, norm_place="both", mlp="geglu", tied=True, embed_scale=32**0.5)
     | dict(attention_scale=0.5, attention_softcap=1.0),
     "nanochat": SCANNED | dict(norm_gain=False, qk_norm=True, mlp="relu2", embed_norm=True),

@@ -23,7 +23,7 @@ LLAMA_3 = (  # a word after one other character, at most 3 digits, newlines afte
 )
 
 
-def draw_text(parts, size=16_000, longest=6, seed=0):
+def draw_text(parts, size=8_000, longest=6, seed=0):
     """Joins random parts, each repeated up to `longest` times."""
     draw, text, last = random.Random(seed), "", ""
     while len(text) < size:
@@ -150,7 +150,9 @@ CASES = [
 
 @pytest.mark.parametrize(("family", "text"), CASES)
 def test_pieces_do_not_change_the_tokens_of_a_text(text, family, family_files, tmp_path, caplog):
-    kinds = ("txt", "txt.gz", "jsonl") if text == "no repetitions" else ("txt",)
+    # The reader of each kind of file cuts texts without knowing the tokenizer.
+    kinds = ("txt", "txt.gz", "jsonl") if "byte-level" in family else ("txt",)
+    kinds = kinds if text == "no repetitions" else ("txt",)
     check_pieces(family_files[family], TEXTS[text], tmp_path, kinds)
     assert text in ("runs", "spaces") or not caplog.messages  # no piece became longer
 

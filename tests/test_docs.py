@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import xla_flags
 
 import runs
 
@@ -76,10 +77,11 @@ def test_the_examples_of_extensions_train(tmp_path):
         subprocess.run(run, cwd=tmp_path, input=text, text=True, check=True, capture_output=True)
     train = "-m jaxtrain.train debug --steps=3 --optim.name=lion --model.mlp=silu"
     shards = "--data.shards=my_shards --data.eot=0 --workdir=run --optim.learning_rate=0.001"
+    small = "--model.L=1 --sample.tokens=0"  # compiles sooner
     result = subprocess.run(
-        [sys.executable, *train.split(), *shards.split()],
+        [sys.executable, *f"{train} {shards} {small}".split()],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "XLA_FLAGS": xla_flags.flags(devices=1)},
         capture_output=True,
         text=True,
     )

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -25,12 +26,22 @@ from jaxtrain.training.step import TrainState
 BATCH = 32
 
 
+@functools.cache
 def run_in(parts):
     config = debug.get_config()
     config.update(accumulation=parts)
     config.data.batch = BATCH
     config.model.L = 1
     return build_run(freeze(config), jax.devices()[:2])
+
+
+@functools.cache
+def start_of(parts):
+    """Returns the state and the compiled step that evaluates it in `parts` micro-batches."""
+    run = run_in(parts)
+    params = jax.jit(run_in(1).model.init)(jax.random.key(0))
+    step = build_eval_step(run).lower(params, batch()).compile()
+    return TrainState(0, params, (), 0, 0), step
 
 
 def batch():
@@ -45,10 +56,7 @@ def batch():
 def test_evaluating_in_microbatches_gives_the_same_loss_in_less_memory():
     results, temporary_bytes = [], []
     for parts in (1, 8):
-        run = run_in(parts)
-        params = jax.jit(run.model.init)(jax.random.key(0))
-        state = TrainState(0, params, (), 0, 0)
-        step = build_eval_step(run).lower(params, batch()).compile()
+        state, step = start_of(parts)
         results.append(evaluate(step, state, [batch(), batch()]))
         temporary_bytes.append(step.memory_analysis().temp_size_in_bytes)
     whole, parted = results
@@ -95,11 +103,10 @@ def corpus(tmp_path, monkeypatch):
 
 
 def evaluated(cfg, corpus, counted=True):
-    run = run_in(1)
-    params = jax.jit(run.model.init)(jax.random.key(0))
-    batches = build_eval_batches(cfg, corpus, run.mesh)
-    counter = build_byte_counter(corpus, run.mesh) if counted else None
-    return evaluate(build_eval_step(run), TrainState(0, params, (), 0, 0), batches, counter)
+    (state, step), mesh = start_of(1), run_in(1).mesh
+    batches = build_eval_batches(cfg, corpus, mesh)
+    counter = build_byte_counter(corpus, mesh) if counted else None
+    return evaluate(step, state, batches, counter)
 
 
 @pytest.mark.parametrize("size", [1, 600])

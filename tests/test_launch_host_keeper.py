@@ -1,5 +1,6 @@
 """A supervisor that is stopped or hangs neither hides its job nor protects it."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,12 +9,12 @@ import time
 
 import pytest
 from local_client import LocalClient
+from quick_hosts import quick_hosts
 
-from launch import operate, ssh
+from launch import operate
 from launch.host import processes, requests
 from launch.host.exit_codes import STOPPED
 from launch.host.restart_policy import NOW, Policy
-from launch.host.supervise import REPORT_S
 from launch.inventory import Host
 from launch.job import PYTHON, Job
 
@@ -22,7 +23,7 @@ class Running:
     """A job on this machine whose supervisor is stopped by SIGSTOP: the worker, not its keeper.
 
     Args:
-        hangs: the worker hangs instead, in the opening of a file.
+        hangs: the worker hangs instead, in the reading of a file.
     """
 
     def __init__(self, tmp_path, hangs=False, **policy):
@@ -34,13 +35,19 @@ class Running:
         self.folder = tmp_path / "host" / "jobs" / self.job.id
         assert self.client.call(host, self.job.request(host)) == {"started": True}
         self.wait(lambda: processes.marked(self.job.id))
-        self.worker = self.status()["pid"]
+        self.worker, self.pipe = self.status()["pid"], None
         if not hangs:
             os.kill(self.worker, signal.SIGSTOP)
             return
-        os.mkfifo(self.folder / "stop")  # opening it waits for somebody who writes
-        time.sleep(3 * REPORT_S)
+        os.mkfifo(self.folder / "stop")  # reading it waits for what this process never writes
+        self.wait(self.open_pipe)
         (self.folder / "stop").unlink()  # or the next worker would hang, too
+
+    def open_pipe(self):
+        """Returns whether the worker reads the pipe; only then this process can open it."""
+        with contextlib.suppress(OSError):
+            self.pipe = os.open(self.folder / "stop", os.O_WRONLY | os.O_NONBLOCK)
+        return self.pipe is not None
 
     def wait(self, condition, limit_s=20.0):
         deadline = time.monotonic() + limit_s
@@ -59,10 +66,13 @@ class Running:
 def start(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
     started = []
-    yield lambda **policy: started.append(Running(tmp_path, **policy)) or started[-1]
+    with quick_hosts(ranks={"MARGIN_S": 0.5}, requests={"NOW_S": 0.5}):
+        yield lambda **policy: started.append(Running(tmp_path, **policy)) or started[-1]
     for running in started:
         request = operate.stop_request(running.job, "the test is over", kill=True)
         running.client.call(running.host, request)
+        if running.pipe is not None:
+            os.close(running.pipe)
 
 
 def test_stop_now_kills_the_ranks_of_a_stopped_supervisor_and_status_names_it(
@@ -85,31 +95,22 @@ def test_a_supervisor_that_stays_stopped_is_replaced_and_its_ranks_end(start):
     running.wait(lambda: not processes.is_alive(running.worker))
     running.wait(lambda: running.status()["attempt"] == 2)
     assert not processes.is_alive(rank)
-    cause = "ROOT CAUSE a: its supervisor was stopped by a signal for over 2 s, so it was killed"
+    cause = "ROOT CAUSE a: its supervisor was stopped by a signal for over 1 s, so it was killed"
     assert cause in running.log()
 
 
-@pytest.fixture
-def short_margin(monkeypatch):
-    """Supervisors whose longest turn counts as 0.5 s, not MARGIN_S."""
-    sources = ssh.host_modules()
-    for name, text in sources.items():
-        sources[name] = text.replace("MARGIN_S = 10.0", "MARGIN_S = 0.5")
-    monkeypatch.setattr(ssh, "host_modules", lambda: sources)
-
-
-def test_a_supervisor_that_hangs_is_replaced_and_its_stack_is_stored(start, short_margin):
-    running = start(hangs=True, stopped_s=2.0)
+def test_a_supervisor_that_hangs_is_replaced_and_its_stack_is_stored(start):
+    running = start(hangs=True, stopped_s=1.0)
     [rank] = processes.marked(running.job.id)
     running.wait(lambda: running.status()["attempt"] == 2)
     assert not processes.is_alive(rank)
-    cause = "ROOT CAUSE a: its supervisor hung for 3 s, so it was killed; its stack is in"
+    cause = "ROOT CAUSE a: its supervisor hung for 2 s, so it was killed; its stack is in"
     assert cause in running.log()
     assert "in _stop_reason" in (running.folder / "supervisor.err").read_text()
 
 
-def test_ranks_end_by_themselves_while_the_whole_supervisor_is_stopped(start, short_margin):
-    running = start(stopped_s=2.0)
+def test_ranks_end_by_themselves_while_the_whole_supervisor_is_stopped(start):
+    running = start(stopped_s=1.0)
     keeper = processes.read_stat(running.worker).parent
     os.kill(keeper, signal.SIGSTOP)
     [rank] = processes.marked(running.job.id)

@@ -323,7 +323,7 @@ def test_a_jobs_run_directory_is_collected_from_all_its_hosts(tmp_path, monkeypa
         monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(bed.folder))
         hosts = bed.inventory(tmp_path / "hosts.toml")
-        argv = [sys.executable, "-m", "launch.run", f"--hosts={hosts}", f"--code={code}"]
+        argv = [sys.executable, "-m", "tests.quick_hosts", f"--hosts={hosts}", f"--code={code}"]
         argv += [f"--ssh_config={bed.ssh_config}", "--module=program", "--restarts=0", "--"]
         done = subprocess.run([*argv, "--config.workdir=runs/one"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -150,8 +150,10 @@ def compare_llmc(weights: str | Path, state: str | Path, workdir: str | Path) ->
     theirs = read_trace(folder / "llmc.jsonl")
     tokens = next(batches_of(theirs))["tokens"]
     data = config_lib.DataConfig(batch=tokens.shape[0], seq_len=tokens.shape[1] - 1)
+    # A debug state has gradients and no updates, so the optimizer is the one that compiles fastest.
+    optim = config_lib.OptimConfig(name="adamw")
     config = config_lib.to_config_dict(
-        TrainConfig(model=model, data=data, weights=str(weights), workdir=str(folder))
+        TrainConfig(model=model, data=data, optim=optim, weights=str(weights), workdir=str(folder))
     )
     cfg = resolve_config(config, 1, "float32")
     start = jax_train.build_start(cfg, read_data=False)
