@@ -58,6 +58,10 @@ def test_every_optimizer_can_be_accelerated(name):
     for key in FEW:
         np.testing.assert_allclose(iterate[key], plain[key], rtol=2e-5, atol=2e-6)
         assert not np.allclose(query[key], plain[key], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["soap", "adamw"])  # of accelerated_lmo there are other tests
+def test_lookahead_moves_the_query_point_of_optimizers_without_geometry(name):
     query, iterate = steps_on_fixed_gradients(name, accelerated=True, acceleration="ema_lookahead")
     assert not jnp.array_equal(query["w_in"], iterate["w_in"])
 

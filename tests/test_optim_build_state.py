@@ -90,11 +90,16 @@ def updater(options):
     return jax.jit(optimizer.init), update, peak_rates(cfg, DEGENERATE_AXES)
 
 
-@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
-@pytest.mark.parametrize("options", OPTIMIZERS, ids=str)
+# Without clipping, optimizers that square their gradient would exceed the range of float32.
+UNCLIPPED = [{"name": "muon"}, {"name": "normuon"}, ACCELERATED]
+
+
+@pytest.mark.parametrize(
+    ("options", "clip_norm"),
+    [(options, 1.0) for options in OPTIMIZERS] + [(options, 0.0) for options in UNCLIPPED],
+    ids=str,
+)
 def test_degenerate_shapes_and_gradients_give_finite_updates(options, clip_norm):
-    if options["name"].startswith(("adam", "soap", "muown")) and not clip_norm:
-        pytest.skip("it squares its gradient: 1e30 is beyond float32 by definition")
     init, update, rates = updater((*options.items(), ("clip_norm", clip_norm)))
     params = ones(DEGENERATE_SHAPES)
     state = init(params)

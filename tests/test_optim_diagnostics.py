@@ -86,8 +86,10 @@ def test_sizes_are_root_mean_squares_and_steepest_descent_has_cosine_one():
     )
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("rest", ["adamw", "lmo"])
+@pytest.mark.parametrize(
+    ("name", "rest"),
+    [*((name, "adamw") for name in OPTIMIZERS), ("accelerated_lmo", "lmo"), ("muon", "lmo")],
+)
 def test_the_averaged_gradient_is_found_in_every_optimizers_state(name, rest):
     params, grads = draw(0), draw(1)
     optimizer = build_optimizer(OptimConfig(name=name, rest=rest, clip_norm=0.0), AXES)

@@ -49,37 +49,49 @@ def distance(ours, theirs):
 
 
 @functools.cache
-def compile_on(sizes, layers, name="muon", ns_dtype="bfloat16"):
-    """Returns (compiled update, its arguments), sharded over a mesh or on one device."""
+def update_on(sizes, layers, name="muon", ns_dtype="bfloat16"):
+    """Returns (jitted update, its arguments), sharded over a mesh or on one device."""
     cfg = OptimConfig(name=name, weight_decay=0.1, warmup_steps=0, ns_dtype=ns_dtype)
     params, grads = draw(AXES, layers), draw(AXES, layers, seed=1)
     if sizes is None:
         optimizer = build_optimizer(cfg, AXES)
         args = grads, optimizer.init(params), params
-        return jax.jit(optimizer.update).lower(*args).compile(), args
+        return jax.jit(optimizer.update), args
     mesh = mesh_of(sizes)
     optimizer = build_optimizer(cfg, AXES, mesh)
     of_params = {k: param_sharding(a, params[k].shape, mesh) for k, a in AXES.items()}
     of_state = state_shardings(optimizer, AXES, params, mesh)
     state = jax.device_put(optimizer.init(params), of_state)
     args = jax.device_put(grads, of_params), state, jax.device_put(params, of_params)
-    update = jax.jit(optimizer.update, out_shardings=(of_params, of_state))
+    return jax.jit(optimizer.update, out_shardings=(of_params, of_state)), args
+
+
+@functools.cache
+def compile_on(*case):
+    """Returns (compiled update, its arguments) of update_on(*case)."""
+    update, args = update_on(*case)
     return update.lower(*args).compile(), args
+
+
+@functools.cache
+def step_on_one_device(layers, per_head):
+    """Returns (unit steps' builder, the steps of all matrices on one device)."""
+    options = {"dtype": jnp.float32, "per_head": per_head}
+    unit_step = functools.partial(build_unit_step, NewtonSchulz(), **options)
+    return unit_step, jax.jit(functools.partial(unit_step(), MATRICES))(draw(MATRICES, layers))
 
 
 @pytest.mark.parametrize(
     "sizes, layers, per_head",
-    [(sizes, 6, False) for sizes in MESHES]
-    + [((2, 2, 2), 8, True), ((8, 1, 1), 6, True), ((2, 2, 2), 7, False), ((4, 2, 1), 3, False)],
+    [(sizes, 6, False) for sizes in MESHES[:3]]
+    + [((2, 2, 2), 8, True), ((2, 2, 2), 7, False), ((4, 2, 1), 3, False)],
 )
 def test_sharded_steps_equal_those_of_one_device(sizes, layers, per_head):
     mesh, tree = mesh_of(sizes), draw(MATRICES, layers)
     specs = {k: moment_spec(a, tree[k].shape, mesh) for k, a in MATRICES.items()}
     shardings = {k: NamedSharding(mesh, spec) for k, spec in specs.items()}
-    options = {"dtype": jnp.float32, "per_head": per_head}
-    unit_step = functools.partial(build_unit_step, NewtonSchulz(), **options)
-    whole = jax.jit(functools.partial(unit_step(), MATRICES))(tree)
-    for replicate in (True, False):
+    unit_step, whole = step_on_one_device(layers, per_head)
+    for replicate in (True, False) if sizes[0] > 1 else (True,):
         step = unit_step(map_matrices=build_sharded_map(mesh, replicate))
         split = jax.jit(functools.partial(step, MATRICES))(jax.device_put(tree, shardings))
         for key, y in split.items():
@@ -95,7 +107,7 @@ def test_the_bf16_update_on_a_mesh_equals_that_of_one_device_up_to_rounding(size
 
 
 def test_momentum_is_sharded_like_its_parameter_and_over_replicas_too():
-    _, (grads, state, params) = compile_on((2, 2, 2), 8)
+    _, (grads, state, params) = update_on((2, 2, 2), 8)
     momentum = state[-1].inner_states["matrices"].inner_state[0].momentum
     shard = lambda x: np.prod(x.sharding.shard_shape(x.shape))
     for key in MATRICES:
@@ -107,7 +119,7 @@ def test_momentum_is_sharded_like_its_parameter_and_over_replicas_too():
 
 @pytest.mark.parametrize("layers", LAYERS)
 def test_the_transport_buffer_is_sharded_over_replicas(layers):
-    _, (_, state, params) = compile_on((8, 1, 1), layers, "accelerated_lmo")
+    _, (_, state, params) = update_on((8, 1, 1), layers, "accelerated_lmo")
     offset = state[-1].inner_states["matrices"].inner_state.offset
     for key in MATRICES:
         assert 8 * np.prod(offset[key].sharding.shard_shape(params[key].shape)) == params[key].size
@@ -117,7 +129,6 @@ def test_the_transport_buffer_is_sharded_over_replicas(layers):
     "sizes, layers, name",
     [
         ((8, 1, 1), 6, "accelerated_lmo"),
-        ((2, 2, 2), 8, "accelerated_lmo"),
         ((8, 1, 1), 6, "adamw"),
         ((2, 2, 2), 8, "normuon"),
     ],
@@ -142,7 +153,7 @@ def collectives(compiled):
     return counts
 
 
-@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_the_loop_contains_no_collective(sizes):
     compiled, _ = compile_on(sizes, 8)
     assert "while(" in compiled.as_text()
@@ -177,16 +188,15 @@ def test_a_device_does_the_flops_that_load_imbalance_predicts(sizes, layers):
     assert split == pytest.approx(load * whole / 8, rel=0.01)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 4, 2)])
 @pytest.mark.parametrize(
     "name", ["gpt_124m", "gpt_350m", "gpt_774m", "gpt_1558m", "llama_135m", "llama_1400m"]
 )
-def test_shipped_models_load_eight_devices_evenly(name, sizes):
+def test_shipped_models_load_eight_devices_evenly(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     config.accumulation = 1
-    cfg = freeze(config)
-    model = build_run(cfg, jax.devices()).model
-    assert load_imbalance(model.axes, model.shapes, mesh_of(sizes)) <= 1.1
+    model = build_run(freeze(config), jax.devices()).model
+    for sizes in MESHES[:3]:
+        assert load_imbalance(model.axes, model.shapes, mesh_of(sizes)) <= 1.1, sizes
 
 
 def test_the_program_does_not_grow_with_layers():

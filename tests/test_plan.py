@@ -25,6 +25,7 @@ def test_a_plan_over_hosts_reports_memory_communication_and_routes(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
     env["XLA_FLAGS"] = xla_flags.QUICK_GPU
     argv = [sys.executable, "-m", "jaxtrain.plan", "debug", "--gpus=2", "--hosts=2", "--json"]
+    argv += ["--model.L=1"]  # compiles fastest
     argv += [f"--calibrated={tmp_path / 'calibration.json'}"]
     half = {"products": 0.5, "attention": 0.5, "memory": 0.5}
     calibration = Calibration("a40", half, 0.0, (), 3, {})

@@ -26,6 +26,12 @@ class Stopped(Exception):
     pass
 
 
+@pytest.fixture(scope="module", autouse=True)
+def shared_steps():
+    with runs.shared_steps():
+        yield
+
+
 @pytest.fixture(scope="module")
 def values(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
@@ -35,7 +41,7 @@ def values(tmp_path_factory):
     base.update(steps=8, eval_every=4, save_every=8, log_every=2, max_bad_steps=2)
     base.model.update(D=16, H=2, G=2, F=32, L=1)
     base.sample.tokens = 0
-    base.optim.name = "adamw"  # compiles fastest
+    base.model.attention, base.optim.name = "reference", "adamw"  # compile fastest
     study = {
         "workdir": str(folder / "runs"),
         "baseline": "adamw",

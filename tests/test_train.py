@@ -34,6 +34,12 @@ def config(workdir, text, **values):
     return runs.debug_config(workdir, text, **{"optim__ns_dtype": "float32"} | values)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def shared_steps():
+    with runs.shared_steps():
+        yield
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     return runs.write_text(tmp_path_factory.mktemp("text"))
@@ -52,12 +58,13 @@ def tasks(text):
 def trained(tmp_path_factory, text, tasks):
     """The directory of a finished run of 40 steps."""
     workdir = tmp_path_factory.mktemp("trained")
-    cfg = config(workdir, text, steps=40, eval__tasks=tasks)
+    cfg = config(workdir, text, steps=40, model__L=1, eval__tasks=tasks)
     assert train(cfg, jax.devices()[:1], quiet=True) == 0
     return workdir
 
 
-PLAIN = dict(steps=10, optim__name="adamw", model__L=1, sample__tokens=0)  # compiles fastest
+PLAIN = dict(optim__name="adamw", model__L=1, model__attention="reference")  # compile fastest
+PLAIN |= dict(steps=10, sample__tokens=0)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +103,7 @@ def test_a_run_directory_has_step_times_utilisation_and_lost_time(trained):
     stored = json.loads((trained / "config.json").read_text())
     assert stored["processes"] == len(stored["hosts"]) == 1 and stored["chip"] is None
     work = stored["work"]
-    assert work["tokens_per_step"] == 256 and work["params"] == 35_008
+    assert work["tokens_per_step"] == 256 and work["params"] == 25_712
     assert work["flops_causal_per_step"] > work["flops_6n_per_step"] > 6 * 256 * 16_000
     assert work["hbm_bytes_per_step"] > 4 * work["params"] and work["collectives"] == []
     host = runs.read_metrics(trained / "hosts" / "0.jsonl")
@@ -213,7 +220,7 @@ def test_starting_a_finished_run_again_prints_that_nothing_is_left_and_logs_noth
     trained, text, capsys
 ):
     before = (trained / "metrics.jsonl").read_bytes()
-    assert train(config(trained, text, steps=40), jax.devices()[:1]) == 0
+    assert train(config(trained, text, steps=40, model__L=1), jax.devices()[:1]) == 0
     assert "nothing left to train" in capsys.readouterr().out
     assert (trained / "metrics.jsonl").read_bytes() == before
 
@@ -232,7 +239,7 @@ def resume_lines(cfg) -> list:
 
 def test_a_resumed_run_prints_the_values_that_changed(trained, text, tasks):
     changes = {"steps": 41, "optim__learning_rate": 0.01}
-    lines = resume_lines(config(trained, text, eval__tasks=tasks, **changes))
+    lines = resume_lines(config(trained, text, model__L=1, eval__tasks=tasks, **changes))
     steps = {"steps 41, was 40", "optim.total_steps 41, was 40"}
     changed = {value for name, value in lines if name == "resumed with"}
     assert changed == steps | {"optim.learning_rate 0.01, was 0.02"}
@@ -240,7 +247,8 @@ def test_a_resumed_run_prints_the_values_that_changed(trained, text, tasks):
 
 @pytest.mark.parametrize(("warmup_steps", "warns"), [(40, False), (41, True)])
 def test_a_warm_up_longer_than_the_run_is_warned_of(trained, text, warmup_steps, warns):
-    lines = resume_lines(config(trained, text, steps=40, optim__warmup_steps=warmup_steps))
+    values = dict(steps=40, model__L=1, optim__warmup_steps=warmup_steps)
+    lines = resume_lines(config(trained, text, **values))
     assert any("peak rates are not reached" in value for _, value in lines) == warns
 
 
@@ -262,7 +270,7 @@ def test_other_data_in_the_same_folder_is_refused(trained, text, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(text.read_text().replace("plus", "and"))
     with pytest.raises(ValueError, match="fingerprint"):
-        train(config(trained, other, steps=50), jax.devices()[:1], quiet=True)
+        train(config(trained, other, steps=50, model__L=1), jax.devices()[:1], quiet=True)
 
 
 def test_a_run_is_restored_with_this_machines_routes_not_those_it_was_trained_with(
@@ -294,6 +302,7 @@ def test_too_many_skipped_steps_stop_the_run_and_name_the_flag(tmp_path, text):
 def test_two_processes_train_as_one_and_one_resumes_their_run(tmp_path, text, tasks, trained):
     """Their mesh of 4 devices agrees with a run on one device, which resumes theirs."""
     values = dict(steps=6, save_every=6, sample__tokens=0, mesh__fsdp=2, mesh__tensor=2)
+    values |= dict(model__L=1)
     values |= dict(optim__total_steps=40, optim__ns_dtype="float32", compile_cache="")
     values |= dict(measure__straggler_every=2, measure__straggler_cost=1e3, eval__tasks=tasks)
     flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in values.items()]

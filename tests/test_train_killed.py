@@ -14,11 +14,13 @@ from jaxtrain.errors import INTERRUPTED, PREEMPTED
 from jaxtrain.train import train
 from jaxtrain.training import evaluation as evaluation_module
 
+COMPILES_FASTEST = dict(optim__name="adamw", model__L=1, model__attention="reference")
+
 
 def test_a_run_killed_and_then_preempted_has_the_losses_of_an_uninterrupted_run(tmp_path):
     text = runs.write_text(tmp_path)
     values = dict(steps=160, save_every=40, sample__tokens=0)
-    values |= dict(optim__name="adamw")  # compiles fastest
+    values |= COMPILES_FASTEST
     device = jax.devices()[:1]
     train(runs.debug_config(tmp_path / "whole", text, **values), device, quiet=True)
     flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in values.items()]
@@ -38,8 +40,14 @@ def test_a_run_killed_and_then_preempted_has_the_losses_of_an_uninterrupted_run(
 
 def config(folder, name):
     values = dict(steps=8, eval_every=4, eval_tokens=0, save_every=100, sample__tokens=0)
-    values |= dict(optim__name="adamw", model__L=1)  # compiles fastest
+    values |= COMPILES_FASTEST
     return runs.debug_config(folder / name, folder / "text.txt", **values)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_steps():
+    with runs.shared_steps():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -58,47 +66,43 @@ def logged(workdir):
     return [row for row in rows if row[1:] != (None, None)]
 
 
-@pytest.mark.parametrize(
-    ("evaluation", "step", "number", "status"),
-    [(1, 4, signal.SIGTERM, PREEMPTED), (2, 8, signal.SIGINT, INTERRUPTED)],
-    ids=["within", "at the end"],
-)
-def test_a_signal_interrupts_an_evaluation_and_the_resumed_run_repeats_it(
-    shared, monkeypatch, evaluation, step, number, status
-):
+def test_a_signal_interrupts_an_evaluation_and_the_resumed_run_repeats_it(shared, monkeypatch):
+    """Interrupts the evaluation of step 4, within the run, and then that of step 8, at its end."""
     device, evaluations, batches_after = jax.devices()[:1], [], []
+    signals = {1: signal.SIGTERM, 3: signal.SIGINT}  # the second one repeats the first
 
     class BatchesWithASignal(EvalBatches):
         def __iter__(self):
             evaluations.append(len(evaluations) + 1)
+            number = signals.get(evaluations[-1])
             for i, batch in enumerate(super().__iter__()):
-                if evaluations[-1] == evaluation and i == 2:
+                if number and i == 2:
                     signal.raise_signal(number)
                     time.sleep(0.1)
-                elif evaluations[-1] == evaluation and i > 2:
+                elif number and i > 2:
                     batches_after.append(i)
                 yield batch
 
-    cfg = config(shared, number.name)
-    workdir = shared / number.name
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluation_module, "build_eval_batches", BatchesWithASignal)
+    cfg, workdir = config(shared, "broken"), shared / "broken"
+    monkeypatch.setattr(evaluation_module, "build_eval_batches", BatchesWithASignal)
+    for step, name, status in ((4, "SIGTERM", PREEMPTED), (8, "SIGINT", INTERRUPTED)):
+        batches_after.clear()
         assert train(cfg, device, quiet=True) == status
-    assert len(batches_after) <= 1
-    last_step, _, eval_loss = logged(workdir)[-1]
-    assert last_step == step and eval_loss is None
-    assert (workdir / "checkpoints" / str(step)).exists()
-    assert json.loads((workdir / "summary.json").read_text())["stopped_by"] == number.name
+        assert len(batches_after) <= 1
+        last_step, _, eval_loss = logged(workdir)[-1]
+        assert last_step == step and eval_loss is None
+        assert (workdir / "checkpoints" / str(step)).exists()
+        assert json.loads((workdir / "summary.json").read_text())["stopped_by"] == name
     assert train(cfg, device, quiet=True) == 0
-    assert logged(workdir) == logged(shared / "whole")
+    assert evaluations == [1, 2, 3, 4] and logged(workdir) == logged(shared / "whole")
 
 
 def test_a_signal_to_one_of_two_processes_interrupts_the_evaluation_of_both(tmp_path, monkeypatch):
     text = runs.write_text(tmp_path)
     text.write_text(text.read_text() * 100)
     flags = ["--config.eval_tokens=0", "--config.steps=1000", "--config.eval_every=3"]
-    flags += ["--config.sample.tokens=0", "--config.optim.name=adamw"]
-    flags += ["--config.model.L=1"]
+    flags += ["--config.sample.tokens=0"]
+    flags += [f"--config.{name.replace('__', '.')}={x}" for name, x in COMPILES_FASTEST.items()]
     pair = []
     for i, own in enumerate(runs.flags_of_processes(2)):
         monkeypatch.setenv("JAXTRAIN_BEAT", str(tmp_path / f"beats{i}"))

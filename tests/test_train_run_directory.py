@@ -25,12 +25,19 @@ STEPS = 4
 
 def config(workdir, text, **values):
     values = {"steps": STEPS, "sample__tokens": 0, "eval_tokens": 256} | values
-    values = {"optim__name": "adamw"} | values  # compiles fastest
+    fastest = {"optim__name": "adamw", "model__L": 1, "model__attention": "reference"}  # to compile
+    values = fastest | values
     return runs.debug_config(workdir, text, **values)
 
 
 def train_here(cfg):
     return train(cfg, jax.devices()[:1], quiet=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_steps():
+    with runs.shared_steps():
+        yield
 
 
 @pytest.fixture(scope="module")

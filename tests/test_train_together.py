@@ -13,12 +13,12 @@ from jaxtrain.errors import PREEMPTED, REFUSED
 from jaxtrain.run_directory.lock import RunLock
 
 
-def flags(cache, steps):
+def flags(steps):
     return (
-        f"--config.compile_cache={cache}",
         f"--config.steps={steps}",
         "--config.sample.tokens=0",
         "--config.optim.name=adamw",  # compiles fastest
+        "--config.model.L=1",
     )
 
 
@@ -27,12 +27,12 @@ def errors(out):
 
 
 def test_a_second_start_in_a_run_directory_is_refused_and_the_first_run_goes_on(tmp_path):
-    text, workdir, cache = runs.write_text(tmp_path), tmp_path / "run", tmp_path / "cache"
-    first = runs.fork(workdir, text, *flags(cache, 100_000), "--config.save_every=20")
+    text, workdir = runs.write_text(tmp_path), tmp_path / "run"
+    first = runs.fork(workdir, text, *flags(100_000), "--config.save_every=20")
     while not (workdir / ".lock").exists():  # long before its first step
         assert first.poll() is None, first.communicate()[0]
         time.sleep(0.01)
-    out = runs.finish(runs.fork(workdir, text, *flags(cache, 100_000)), REFUSED)
+    out = runs.finish(runs.fork(workdir, text, *flags(100_000)), REFUSED)
     assert f"{workdir} is in use by pid {first.pid} on {socket.gethostname()}, started" in out
     assert len(errors(out)) == 1 and "Traceback" not in out
     runs.signal_at(first, workdir, 50, signal.SIGTERM)  # after two saves
@@ -47,10 +47,7 @@ def test_an_error_of_one_process_is_one_line_and_status_78_in_all(tmp_path):
     (workdir / "hosts").mkdir(parents=True)
     damaged = workdir / "hosts/1.jsonl"  # only process 1 reads it
     damaged.write_text("[]\n[]\n")
-    pair = [
-        runs.fork(workdir, text, *flags(tmp_path / "cache", 3), *own)
-        for own in runs.flags_of_processes(2)
-    ]
+    pair = [runs.fork(workdir, text, *flags(3), *own) for own in runs.flags_of_processes(2)]
     outs = [runs.finish(process, REFUSED) for process in pair]
     lines = {line for out in outs for line in errors(out)}
     assert len(lines) == 1 and str(damaged) in lines.pop(), outs
@@ -67,7 +64,7 @@ TRAIN_IN_EACH = """
     import runs
 
     address, process, text, *folders = sys.argv[1:]
-    cfg = runs.debug_config(folders[0], text, steps=3)
+    cfg = runs.debug_config(folders[0], text)
     start_runtime(cfg, World("flags", address, 2, int(process), None, 2))
     for folder in folders:
         try:

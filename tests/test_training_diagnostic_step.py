@@ -18,6 +18,7 @@ B, T = 16, 16
 def diagnose(mesh=(1, 1, 1), **optim):
     """Returns (metrics, state before, state after) of one diagnosis."""
     config = debug.get_config()
+    config.model.update(L=1, D=16, H=2, G=2, K=8, F=32, attention="reference")
     config.mesh.replica, config.mesh.fsdp, config.mesh.tensor = mesh
     config.update(data=dict(batch=B, seq_len=T))
     config.optim.update(ns_dtype="float32", warmup_steps=0, **optim)

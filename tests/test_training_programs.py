@@ -23,10 +23,17 @@ from jaxtrain.training.step import place_rates
 
 STEPS, T = 6, 16
 VALUES = {"steps": STEPS, "optim__total_steps": STEPS, "model__L": 1, "data__seq_len": T}
-VALUES |= {"model__D": 16, "model__F": 32, "optim__name": "adamw"}
+VALUES |= {"model__D": 16, "model__F": 32, "model__attention": "reference"}
+VALUES |= {"optim__name": "adamw"}
 VALUES |= {"data__batch": 8, "accumulation": 2, "sample__tokens": 0, "eval_tokens": 128}
 VALUES |= {"log_every": 1, "save_every": 9, "keep_every": 1, "data__batch_schedule": "0:4 192:8"}
 FIRST_LARGE = 4  # three steps of 4 sequences
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_steps():
+    with runs.shared_steps():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import runs
 from jaxtrain.model.trees import named_leaves
 from jaxtrain.train import train
 from jaxtrain.training.run import build_run
-from jaxtrain.training.startup import describe_program
+from jaxtrain.training.startup import describe_program, machine_notes
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_a_run_prints_six_lines_at_its_start_and_config_json_has_the_rest(
 ):
     # Else an installed CUDA plugin adds a warning.
     monkeypatch.setattr("jaxtrain.training.run.WANTS_GPU", False)
-    cfg = config(folder)
+    cfg = config(folder, optim__geometry="frobenius")  # compiles faster than Newton-Schulz
     assert train(cfg, jax.devices()[:1]) == 0
     out = capsys.readouterr().out
     rows = dict(line.split(maxsplit=1) for line in start_of(out))
@@ -60,15 +60,18 @@ def test_details_of_routes_optimizer_groups_measurements_and_mesh_are_printed_on
     folder, capsys
 ):
     values = {"measure__details": True, "steps": 1, "workdir": str(folder / "mesh")}
-    cfg = config(folder, mesh__fsdp=2, mesh__replica=2, **values)
+    values |= {"model__L": 1, "mesh__fsdp": 2, "mesh__replica": 2}
+    cfg = config(folder, optim__name="adamw", **values)  # compiles fastest
     assert train(cfg, jax.devices()[:4]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "devices   4 x cpu: replica 2, fsdp 2, float32" in lines
-    assert any(line.startswith("route") and "unroll=2" in line for line in lines)
+    assert any(line.startswith("route") and "unroll=1" in line for line in lines)
     assert any(line.startswith("optim") and "blocks.mlp.up.w" in line for line in lines)
     assert any(line.startswith("measure") and "no MFU" in line for line in lines)
     notes = json.loads((folder / "mesh" / "config.json").read_text())["notes"]
-    assert any("whole matrices on each device" in note for note in notes)
+    assert notes == machine_notes(build_run(cfg, jax.devices()[:4]))
+    muon = build_run(config(folder, **values), jax.devices()[:4])
+    assert any("whole matrices on each device" in note for note in machine_notes(muon))
 
 
 def test_processes_compare_every_line_of_their_code_and_their_libraries(tmp_path):
