@@ -114,7 +114,7 @@ def _head_case(N, D, V, keep, softcap=0.0):
         scores = lambda h, w, targets: head_scores(h, w, targets, tiles["head"], softcap, keep)
         return scores, (h, w, _array(N, dtype=jnp.int32))
 
-    hbm_bytes = 2 * (N + V) * D + 4 * N * V * keep
+    hbm_bytes = 2 * (N + V) * D + {"": 0, "exponentials": 2, "logits": 4}[keep] * N * V
     shape, flops = f"{N}x{D}x{V} bf16", 2 * N * D * V
     case = Case("head_scores", shape, build, hbm_bytes, flops, 1, True, "head", "head")
     case = case._replace(sizes=(N, D, V))
@@ -193,9 +193,9 @@ CASES = [
     *(_norm_case(True, 8_192, D, floor) for D, floor in ((768, 8), (2_048, 3), (8_192, 1))),
     _qk_rope_case(4, 2_048, 16, 128, floor=8),
     _qk_rope_case(8, 1_024, 12, 64, floor=8),
-    _head_case(1_024, 2_048, 50_304, keep=True),
-    _head_case(1_024, 768, 50_257, keep=True),
-    _head_case(1_024, 2_048, 50_304, keep=False, softcap=15.0),
+    _head_case(1_024, 2_048, 50_304, keep="exponentials"),
+    _head_case(1_024, 768, 50_257, keep="logits"),
+    _head_case(1_024, 2_048, 50_304, keep="", softcap=15.0),
     _symmetric_case(26, 2_048, 2_048, floor=2),
     _symmetric_case(12, 768, 3_072, floor=2),
     _symmetric_case(26, 2_048, 2_048, floor=1, adds=True),

@@ -194,8 +194,7 @@ def _head(size, interpret):
         def nats_and_gradients(h, w, targets):
             scores = compute_scores(h, w, targets)
             lse_N = scores.top_N + jnp.log(scores.total_N)
-            p_NV = jnp.exp(scores.logits_NV - lse_N[:, None])
-            d_NV = (p_NV - jax.nn.one_hot(targets, V)).astype(h.dtype)
+            d_NV = (scores.softmax(lse_N) - jax.nn.one_hot(targets, V)).astype(h.dtype)
             sums = jnp.promote_types(h.dtype, jnp.float32)
             product = functools.partial(jnp.einsum, preferred_element_type=sums)
             dh_ND, dw_VD = product("NV,VD->ND", d_NV, w), product("NV,ND->VD", d_NV, h)
@@ -204,8 +203,9 @@ def _head(size, interpret):
         return nats_and_gradients
 
     def kernel(tiles):
+        keep = "exponentials"  # as the training loss does
         return losses(
-            lambda h, w, y: head_scores(h, w, y, tiles and tiles["head"], interpret=interpret)
+            lambda h, w, y: head_scores(h, w, y, tiles and tiles["head"], 0.0, keep, interpret)
         )
 
     def arrays(key):  # logits have about unit variance, as a trained model's do
@@ -223,7 +223,7 @@ def _head(size, interpret):
         lambda *arrays: reference(*wide(*arrays)),
         (NATS, HALF, HALF),
         6 * N * D * V,
-        2 * (N + V) * D * 3 + 10 * N * V,
+        2 * (N + V) * D * 3 + 6 * N * V,
     )
 
 

@@ -2,9 +2,12 @@
 
 A program computes one tile of logits. With the tile it stores, for each row, the largest logit (m),
 the sum of exp(logit - m) (l) and the target's logit. A row's log-sum-exp, m + log(l), follows from
-these partial results, so the loss reads no logits. The gradient, softmax - onehot, reads each logit
-once: this kernel writes 4*N*V bytes and XLA then moves 6*N*V, against 18*N*V without the kernel
-(python -m pallas_kernels.traffic). Where no gradient is needed, no logits are written.
+these partial results, so the loss reads no logits. The gradient is softmax - onehot, for which the
+kernel stores exp(logit - m), of a 16-bit model in 16 bits: the softmax is exp(m - log-sum-exp)
+times that, and its relative error does not grow with the logits, as with logits in 16 bits. The
+kernel writes 2*N*V bytes and XLA then moves 4*N*V, against 18*N*V without the kernel
+(python -m pallas_kernels.traffic). The gradient of a softcap needs the logits themselves, so they
+are stored, in float32. Where no gradient is needed, nothing of size N*V is written.
 
 Bound: compute, 2*N*D*V FLOPs. Tiles are visited in groups of row blocks, so that the operands that
 programs share stay in the A40's 6 MB L2 cache. If each program walked the vocabulary for its own
@@ -16,7 +19,7 @@ https://triton-lang.org/main/getting-started/tutorials/03-matrix-multiplication.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +38,36 @@ class Scores(NamedTuple):
     top_N: jax.Array  # m, the largest logit
     total_N: jax.Array  # l, the sum of exp(logit - m)
     hit_N: jax.Array  # the target's logit; 0 where the target is not in this part of V
+    exponentials_NV: jax.Array | None = None  # exp(logit - m of its tile); None unless asked for
+    tops_NP: jax.Array | None = None  # m of each of P tiles, with the exponentials
+
+    def softmax(self, lse_N: jax.Array) -> jax.Array:
+        """Returns exp(logit - lse), [N,V] in float32, from what was kept.
+
+        Args:
+            lse_N: log-sum-exps, which may be those of a vocabulary that is split over devices.
+        """
+        if self.logits_NV is not None:
+            return jnp.exp(self.logits_NV - lse_N[:, None])
+        assert self.exponentials_NV is not None and self.tops_NP is not None, "nothing was kept"
+        (N, V), P = self.exponentials_NV.shape, self.tops_NP.shape[1]
+        columns = _tile_columns(V, P)
+        factor_NP = jnp.exp(self.tops_NP - lse_N[:, None])
+        factor_NV = jnp.broadcast_to(factor_NP[:, :, None], (N, P, columns)).reshape(N, -1)[:, :V]
+        return factor_NV * self.exponentials_NV.astype(factor_NV.dtype)
+
+
+def _tile_columns(V: int, P: int) -> int:
+    """Returns how many columns a tile has if P of them hold V columns; a power of two."""
+    return 1 << (pl.cdiv(V, P) - 1).bit_length()
 
 
 def head_scores_reference(
-    h_ND: jax.Array, w_VD: jax.Array, targets_N: jax.Array, softcap: float = 0.0, keep: bool = True
+    h_ND: jax.Array,
+    w_VD: jax.Array,
+    targets_N: jax.Array,
+    softcap: float = 0.0,
+    keep: str = "logits",
 ) -> Scores:
     """Reference implementation: sums in at least float32; a target outside [0, V) gives hit 0."""
     wide = jnp.promote_types(h_ND.dtype, jnp.float32)
@@ -48,7 +77,11 @@ def head_scores_reference(
     top_N = logits_NV.max(1)
     total_N = jnp.exp(logits_NV - top_N[:, None]).sum(1)
     hit_N = (jax.nn.one_hot(targets_N, len(w_VD), dtype=wide) * logits_NV).sum(1)
-    return Scores(logits_NV if keep else None, top_N, total_N, hit_N)
+    kept = logits_NV if keep == "logits" else None
+    if keep != "exponentials":
+        return Scores(kept, top_N, total_N, hit_N)
+    exponentials_NV = jnp.exp(logits_NV - top_N[:, None]).astype(h_ND.dtype)
+    return Scores(None, top_N, total_N, hit_N, exponentials_NV, top_N[:, None])
 
 
 def _kernel(h_ref, w_ref, targets_ref, *out_refs, tiles, softcap, keep):
@@ -73,17 +106,30 @@ def _kernel(h_ref, w_ref, targets_ref, *out_refs, tiles, softcap, keep):
     if softcap:
         logits = softcap * jnp.tanh(logits / softcap)
     inside = rows < N
-    if keep:
+
+    def write(values):
         mask = inside[:, None] & (columns < V)[None, :]
-        triton.store(out_refs[0].at[rows[:, None], columns[None, :]], logits, mask=mask)
+        out = out_refs[0].at[rows[:, None], columns[None, :]]
+        triton.store(out, values.astype(out_refs[0].dtype), mask=mask)
+
+    if keep == "logits":
+        write(logits)
     target = triton.load(targets_ref.at[rows], mask=inside, other=-1)
     # Computed before the masking: columns past V have logit 0, so a target there gives hit 0.
     hit = jnp.where(columns[None, :] == target[:, None], logits, 0.0).sum(1)
     logits = jnp.where((columns < V)[None, :], logits, MASKED)
     m_R = jnp.maximum(jnp.max(logits, 1), LOWEST)  # if all are -inf, -inf - m must not be nan
-    l_R = jnp.exp(logits - m_R[:, None]).sum(1)
-    for ref, x in zip(out_refs[keep:], (m_R, l_R, hit), strict=True):
+    e = jnp.exp(logits - m_R[:, None])
+    if keep == "exponentials":
+        write(e)
+    for ref, x in zip(out_refs[bool(keep) :], (m_R, e.sum(1), hit), strict=True):
         triton.store(ref.at[tile, rows], x, mask=inside)
+
+
+def kept_array(h_ND: Any, w_VD: Any, keep: str) -> list[jax.ShapeDtypeStruct]:
+    """Returns shape and type of what a kernel stores for the gradient, as a list of one or none."""
+    dtype = h_ND.dtype if keep == "exponentials" else jnp.float32
+    return [jax.ShapeDtypeStruct((len(h_ND), len(w_VD)), dtype)] if keep else []
 
 
 @functools.partial(jax.jit, static_argnames=("tiles", "softcap", "keep", "interpret"))
@@ -93,7 +139,7 @@ def head_scores(
     targets_N: jax.Array,
     tiles: ProductTiles | MosaicProductTiles,
     softcap: float = 0.0,
-    keep: bool = True,
+    keep: str = "logits",
     interpret: bool = False,
 ) -> Scores:
     """Computes head_scores_reference in one product, on one device's rows and its part of V.
@@ -103,13 +149,14 @@ def head_scores(
         targets_N: int32.
         tiles: its type selects the body.
         softcap: c in c*tanh(logits/c); 0 for none.
-        keep: whether to return the logits.
+        keep: what to return for the gradient: "logits" in float32, "exponentials" in h's type, or
+            "" for nothing.
         interpret: runs without a GPU, for tests.
 
     Raises:
         ValueError: check_head_scores refuses the arguments, or the Mosaic body.
     """
-    check_head_scores(h_ND, w_VD, targets_N, tiles, softcap)
+    check_head_scores(h_ND, w_VD, targets_N, tiles, softcap, keep)
     if isinstance(tiles, MosaicProductTiles):
         from pallas_kernels import head_scores_mosaic as mosaic  # not every JAX has Mosaic
 
@@ -117,21 +164,25 @@ def head_scores(
     else:
         (N, _), V = h_ND.shape, w_VD.shape[0]
         vocabulary_tiles = pl.cdiv(V, tiles.columns)
-        logits = [jax.ShapeDtypeStruct((N, V), jnp.float32)] if keep else []
+        kept = kept_array(h_ND, w_VD, keep)
         partial = jax.ShapeDtypeStruct((vocabulary_tiles, N), jnp.float32)
         out = triton.call(
             functools.partial(_kernel, tiles=tiles, softcap=softcap, keep=keep),
             name="head_scores",
             grid=(pl.cdiv(N, tiles.rows) * vocabulary_tiles,),
-            out_shape=[*logits, partial, partial, partial],
+            out_shape=[*kept, partial, partial, partial],
             warps=tiles.warps,
             stages=tiles.stages,
             interpret=interpret,
         )(h_ND, w_VD, targets_N)
-    top_PN, total_PN, hit_PN = out[keep:]  # from each of P vocabulary tiles
+    top_PN, total_PN, hit_PN = out[bool(keep) :]  # from each of P vocabulary tiles
     top_N = top_PN.max(0)
     total_N = (total_PN * jnp.exp(top_PN - top_N)).sum(0)  # rescales each l to the common maximum
     top_N = jnp.where(
         jnp.isnan(total_N), jnp.nan, top_N
     )  # a GPU's maximum may drop nan; l keeps it
-    return Scores(out[0] if keep else None, top_N, total_N, hit_PN.sum(0))
+    logits_NV = out[0] if keep == "logits" else None
+    scores = Scores(logits_NV, top_N, total_N, hit_PN.sum(0))
+    if keep != "exponentials":
+        return scores
+    return scores._replace(exponentials_NV=out[0], tops_NP=top_PN.T)

@@ -1,7 +1,7 @@
 """The body of `head_scores` for Hopper: each multiplying warp group finishes whole rows of a tile.
 
-A row's largest logit, sum of exponentials and hit are reduced in registers. The logits are
-written through two small buffers of shared memory for each warp group: one is filled while TMA
+A row's largest logit, sum of exponentials and hit are reduced in registers. What the gradient needs
+is written through two small buffers of shared memory for each warp group: one is filled while TMA
 copies the other to HBM.
 """
 
@@ -14,17 +14,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import mosaic
+from pallas_kernels.head_scores import kept_array
 from pallas_kernels.mosaic import plgpu
 from pallas_kernels.mosaic_product import pipeline_scratch, run_products
 from pallas_kernels.tile_order import LOWEST, MASKED, grouped_tile
 from pallas_kernels.tiles import MosaicProductTiles
 
-STRIP = 32  # float32 columns in a row of swizzled shared memory
+STRIP_BYTES = 128  # in a row of swizzled shared memory
 BUFFERS = 2
 
 
 def _kernel(
-    h_ref, w_ref, targets_ref, *refs, tiles, softcap, keep, logits_smem: Any = None, **pipeline
+    h_ref, w_ref, targets_ref, *refs, tiles, softcap, keep, kept_smem: Any = None, **pipeline
 ):
     (N, D), V = h_ref.shape, w_ref.shape[0]
     group, half = lax.axis_index("group"), tiles.rows // mosaic.CONSUMERS
@@ -40,8 +41,12 @@ def _kernel(
         rows = pl.ds(block * tiles.rows + group * half, half)
         if softcap:
             logits = softcap * jnp.tanh(logits / softcap)
-        if keep:
-            _write(logits, logits_smem.at[group], refs[0], rows, tile * tiles.columns)
+
+        def write(values):
+            _write(values, kept_smem.at[group], refs[0], rows, tile * tiles.columns)
+
+        if keep == "logits":
+            write(logits)
         column = tile * tiles.columns + plgpu.broadcasted_iota(
             jnp.int32, logits.shape, 1, layout=plgpu.Layout.WGMMA
         )
@@ -53,22 +58,25 @@ def _kernel(
         if V % tiles.columns:
             logits = jnp.where(column < V, logits, MASKED)
         m_R = jnp.maximum(logits.max(1), LOWEST)
-        l_R = jnp.exp(logits - lax.broadcast_in_dim(m_R, logits.shape, [0])).sum(1)
-        for ref, x in zip(refs[keep:], (m_R, l_R, hit), strict=True):
+        e = jnp.exp(logits - lax.broadcast_in_dim(m_R, logits.shape, [0]))
+        if keep == "exponentials":
+            write(e)
+        for ref, x in zip(refs[bool(keep) :], (m_R, e.sum(1), hit), strict=True):
             ref[tile, rows] = x
 
     count, slices = blocks * vocabulary_tiles, pl.cdiv(D, tiles.depth)
     run_products(tiles, count, slices, operands, lambda p: None, after, **pipeline)
 
 
-def _write(logits, smem, logits_ref, rows, column):
-    for strip in range(logits.shape[1] // STRIP):
-        buffer, first = smem.at[strip % BUFFERS], strip * STRIP
+def _write(values, smem, out_ref, rows, column):
+    strip = smem.shape[-1]
+    for i in range(values.shape[1] // strip):
+        buffer, first = smem.at[i % BUFFERS], i * strip
         # At most BUFFERS - 1 unfinished copies remain, so the last copy out of this buffer is done.
         plgpu.wait_smem_to_gmem(BUFFERS - 1, wait_read_only=True)
-        buffer[...] = logits[:, first : first + STRIP]
+        buffer[...] = values[:, first : first + strip].astype(out_ref.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(buffer, logits_ref.at[rows, pl.ds(column + first, STRIP)])
+        plgpu.copy_smem_to_gmem(buffer, out_ref.at[rows, pl.ds(column + first, strip)])
 
 
 def head_scores(
@@ -77,35 +85,35 @@ def head_scores(
     targets_N: jax.Array,
     tiles: MosaicProductTiles,
     softcap: float,
-    keep: bool,
+    keep: str,
     interpret: bool,
 ) -> list[jax.Array]:
     """Runs the kernel of pallas_kernels.head_scores, which combines the results of the tiles.
 
     Returns:
-        logits_NV if `keep`; then top, total and hit, [vocabulary tiles, N] each.
+        what `keep` names, [N,V]; then top, total and hit, [vocabulary tiles, N] each.
 
     Raises:
-        ValueError: mosaic.check refuses the arrays, or `keep` and V is not a multiple of 32.
+        ValueError: mosaic.check refuses the arrays; what is kept has rows of a multiple of 64.
     """
     (N, _), V = h_ND.shape, w_VD.shape[0]
-    logits = [jax.ShapeDtypeStruct((N, V), jnp.float32)] if keep else []
-    mosaic.check(*logits, h=h_ND, w=w_VD)
+    kept = kept_array(h_ND, w_VD, keep)
+    mosaic.check(*kept, h=h_ND, w=w_VD)
     # The targets and the partial results are accessed without TMA, which would check bounds: pad.
     targets = mosaic.pad_last(targets_N, tiles.rows, -1)
     partial = jax.ShapeDtypeStruct((pl.cdiv(V, tiles.columns), len(targets)), jnp.float32)
     scratch = pipeline_scratch(tiles, h_ND.dtype)
     if keep:
         half = tiles.rows // mosaic.CONSUMERS
-        strips = (mosaic.CONSUMERS, BUFFERS, half, STRIP)
-        scratch["logits_smem"] = mosaic.swizzled_shared_memory(strips, jnp.float32)
+        strips = (mosaic.CONSUMERS, BUFFERS, half, STRIP_BYTES // kept[0].dtype.itemsize)
+        scratch["kept_smem"] = mosaic.swizzled_shared_memory(strips, kept[0].dtype)
     count = len(targets) // tiles.rows * partial.shape[0]
     out = mosaic.call(
         functools.partial(_kernel, tiles=tiles, softcap=softcap, keep=keep),
         name="head_scores",
         grid={"program": mosaic.persistent_programs(count, interpret)},
-        out_shape=[*logits, partial, partial, partial],
+        out_shape=[*kept, partial, partial, partial],
         scratch=scratch,
         interpret=interpret,
     )(h_ND, w_VD, targets)
-    return [*out[: len(logits)], *(x[:, :N] for x in out[len(logits) :])]
+    return [*out[: len(kept)], *(x[:, :N] for x in out[len(kept) :])]

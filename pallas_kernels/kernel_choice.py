@@ -8,7 +8,7 @@ as faster. jaxtrain/ops/routes.py decides whether a run uses it. This file impor
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,9 @@ SHAPES = {"attention": "BTHGK", "norm": "D", "qk_rope": "K", "head": "DV", "squa
 OPS = tuple(SHAPES)
 TUNED = Path(__file__).parent / "tuned"
 NEAR = 0.5  # a row applies to sizes within a factor of 2**0.5 of its own
+# A chip without a row takes that of one with the same multiprocessors. On an H200 the contests of
+# attention, head and square had the winners that they have on an H100.
+TWINS = {"h200": "h100", "gh200": "h100", "gh200_144gb": "h100"}
 QUERIES = 128  # in a block of attention; a multiprocessor works on at least one block
 
 
@@ -147,7 +150,7 @@ def read_rows(folder: Path = TUNED) -> list[BenchRow]:
 def _mosaic_row_sizes(op, tiles, shape):
     """Returns the sizes that a Mosaic body needs to be multiples of 64; none without a body."""
     kernels = tiles.values() if isinstance(tiles, dict) else tiles or ()
-    if all(body_of(kernel) != "mosaic" for kernel in kernels):
+    if not any(map(_is_mosaic, kernels)):
         return ()
     return shape[-1:] if op == "attention" else shape
 
@@ -179,18 +182,29 @@ def _untimed_tiles(op, arch, dtype, shape) -> tuple[OpTiles | None, str]:
     return mosaic_tiles(op, arch), f"; its body is Mosaic's, {why}"
 
 
-def explain_missing_triton(op: str, choose: Callable[[str], BodyChoice] | None) -> str:
-    """Returns which kernels of an op need the Triton backend that JAX has removed; "" if none.
+def find_body_obstacle(op: str, tiles: OpTiles | None, sides: Iterable[int]) -> str:
+    """Returns why bodies of an op cannot be compiled, or not for all matrices; "" if they can.
 
     Args:
-        choose: returns the op's bodies; None if they are interpreted, which only Triton's are.
+        tiles: select the bodies.
+        sides: the sizes of the Gram matrices that `square` computes.
     """
-    if has_triton():
-        return ""
-    tiles = choose(op).tiles if choose else None
     kernels = {op: None} if tiles is None else tiles if isinstance(tiles, dict) else tiles._asdict()
-    names = ", ".join(name for name, value in kernels.items() if is_triton(value))
-    return f"jax no longer has the Triton backend, which compiles the body of {names}" * bool(names)
+    if not has_triton():  # JAX has removed it
+        names = ", ".join(name for name, value in kernels.items() if is_triton(value))
+        if names:
+            return f"jax no longer has the Triton backend, which compiles the body of {names}"
+    if op != "square" or not any(map(_is_mosaic, kernels.values())):
+        return ""
+    refused = [side for side in sorted(sides) if side < 128 or side % 64]
+    if not refused:
+        return ""
+    got = ", ".join(map(str, refused))
+    return f"Mosaic's takes matrices of a multiple of 64, at least 128; got {got}"
+
+
+def _is_mosaic(kernel):
+    return body_of(kernel) == "mosaic"
 
 
 def _nearest_row(rows, documents, *where) -> BenchRow | None:
@@ -237,6 +251,9 @@ def choose_body(
     rows, where = read_rows(folder), (op, chip, dtype, shape, window)
     same_jax = [row for row in rows if minor_series(row.jax) == minor_series(jax.__version__)]
     row = _nearest_row(same_jax, documents, *where)
+    if row is None and chip in TWINS:
+        twin = op, TWINS[chip], *where[2:]
+        row = _nearest_row(same_jax, documents, *twin)
     if row is None:
         reason = f"its kernel was not measured on {chip or arch} at this shape"
         reason += f" with a window of {window}" if window else ""
@@ -253,7 +270,7 @@ def choose_body(
         reason = f"its fastest body needs sizes that are a multiple of 64; got {got}"
         return BodyChoice(default_tiles(op, arch, shape), False, reason)
     ratio = row.kernel_s / row.other_s
-    reason = f"{ratio:.2f} times the time of {row.other} on {chip}, {row.date}"
+    reason = f"{ratio:.2f} times the time of {row.other} on {row.chip}, {row.date}"
     if documents and not row.documents:
         reason += ", measured without documents"
     return BodyChoice(row.tiles, ratio < 1, reason)

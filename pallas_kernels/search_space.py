@@ -181,7 +181,6 @@ SHORTLIST: dict[str, dict[str, dict[str, tuple[KernelTiles, ...]]]] = {
                 MosaicProductTiles(128, 256, 64, 3),
                 MosaicProductTiles(128, 128, 64, 6),
                 MosaicProductTiles(128, 256, 128, 2),
-                ProductTiles(128, 128, 64, 8, 3),
                 ProductTiles(128, 128, 64, 4, 3),
             )
         },

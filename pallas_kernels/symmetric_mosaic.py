@@ -19,6 +19,10 @@ from pallas_kernels.mosaic_product import pipeline_scratch, run_products
 from pallas_kernels.tile_order import triangle_tile
 from pallas_kernels.tiles import MosaicProductTiles
 
+# A matrix must fill a tile's rows: with 64 in tiles of 128 the compiled kernel's results were wrong
+# (H200, jax 0.11.2, 2026-11-27), though the interpreter's were right.
+LEAST_ROWS = 128
+
 
 class _Triangle:
     """Numbers the tiles of X lower triangles of square blocks, each with `per_block` tiles."""
@@ -115,9 +119,17 @@ def symmetric(
         tiles: as many columns as rows, or half as many.
 
     Raises:
-        ValueError: mosaic.check refuses the arrays, or M is not a multiple of 64.
+        ValueError: mosaic.check refuses the arrays, M is not a multiple of 64, or M is less than
+            LEAST_ROWS.
     """
     X, M, _ = x_XMN.shape
+    if M < LEAST_ROWS:
+        raise ValueError(
+            f"x_XMN must have matrices of at least {LEAST_ROWS} rows; got {M}. Give the kernel "
+            "tiles of its Triton body."
+        )
+    if M < tiles.rows:
+        tiles = tiles._replace(rows=LEAST_ROWS, columns=min(tiles.columns, LEAST_ROWS))
     c = () if c_XMM is None else (c_XMM,)
     out = jax.ShapeDtypeStruct((X, M, M), x_XMN.dtype)
     mosaic.check(out, x=x_XMN, y=y_XMN)

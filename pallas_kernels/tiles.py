@@ -139,7 +139,7 @@ TILES: dict[str, dict[str, Any]] = {
             AttentionTiles(64, 64, 8, 2),
             AttentionTiles(128, 64, 8, 2),
         ),
-        "head": ProductTiles(128, 256, 64, 8, 3),
+        "head": ProductTiles(128, 128, 64, 8, 3),
         "square": ProductTiles(128, 128, 64, 8, 3),
         "square_sum": ProductTiles(128, 128, 64, 8, 3),
     },

@@ -27,6 +27,7 @@ from pallas_kernels.tiles import (
 
 PRODUCT_TYPES = ("bfloat16", "float16", "float32")  # of the operands of the tensor cores
 FORMS = ("rms", "layer")  # of add_norm
+KEPT = ("", "logits", "exponentials")  # what head_scores keeps for a gradient
 SMALLEST_TILE = 16  # rows, columns and depth of the smallest product of a tensor core
 
 
@@ -203,7 +204,9 @@ def _check_product_tiles(tiles, *other_kinds):
     _check_tiles("tiles", tiles, (ProductTiles, MosaicProductTiles, *other_kinds), multiples)
 
 
-def check_head_scores(h_ND: Any, w_VD: Any, targets_N: Any, tiles: Any, softcap: float) -> None:
+def check_head_scores(
+    h_ND: Any, w_VD: Any, targets_N: Any, tiles: Any, softcap: float, keep: str
+) -> None:
     """Raises ValueError if head_scores does not support these arguments."""
     sizes = _Sizes()
     sizes.check("h_ND", h_ND, "ND", PRODUCT_TYPES)
@@ -211,6 +214,8 @@ def check_head_scores(h_ND: Any, w_VD: Any, targets_N: Any, tiles: Any, softcap:
     sizes.check("targets_N", targets_N, "N", [jnp.int32])
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be 0 (none) or a positive number; got {softcap}.")
+    if keep not in KEPT:
+        raise ValueError(f"keep must be in {KEPT}; got {keep!r}.")
     _check_product_tiles(tiles)
 
 

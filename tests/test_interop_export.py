@@ -42,11 +42,11 @@ def documents(tmp_path_factory):
 
 def train_debug(workdir, text):
     config = debug.get_config()
-    config.update(workdir=str(workdir), compile_cache="", steps=120, save_every=120)
+    config.update(workdir=str(workdir), compile_cache="", steps=80, save_every=80, log_every=20)
     config.data.text = str(text)
     config.sample.tokens = 0
-    config.model.V = 320  # 256 tokens and padding
-    config.optim.update(learning_rate=0.05, adam_learning_rate=0.02)
+    config.model.update(L=1, V=320)  # 256 tokens and padding
+    config.optim.update(name="adamw", adam_learning_rate=0.02)
     assert train(config_lib.freeze(config), jax.devices()[:1], quiet=True) == 0
 
 

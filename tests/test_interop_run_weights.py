@@ -16,7 +16,10 @@ from jaxtrain.optim.acceleration import eval_params
 from jaxtrain.train import train
 from jaxtrain.training.run import build_run, restore_run
 
+# Muon orthogonalises matrices of one shape, in one iteration.
+MODEL = {"model__L": 1, "model__H": 2, "model__G": 2, "model__K": 16, "model__F": 32}
 SHARED = {"steps": 2, "sample__tokens": 0, "eval_tokens": 256, "optim__weight_decay": 0.1}
+SHARED |= MODEL | {"optim__ns_steps": 1}
 SOURCE = {"optim__name": "accelerated_lmo", "optim__strength": 0.5, "save_every": 1}
 
 
@@ -97,7 +100,7 @@ def test_a_changed_optimizer_is_refused_with_the_way_to_start_it(source, text):
 
 def test_weights_of_another_model_name_the_flags_to_set(source, text, tmp_path):
     with pytest.raises(
-        InteropError, match=r"model.F=96, not 64.*Set --model.F, or another --weigh"
+        InteropError, match=r"model.F=96, not 32.*Set --model.F, or another --weigh"
     ):
         start(config(tmp_path / "run", text, source, model__F=96))
 

@@ -65,7 +65,7 @@ def train_ours(run, params):
         updates, opt_state = run.optimizer.update(grads, opt_state, params)
         return nats, jax.tree.map(jnp.add, params, updates), opt_state
 
-    opt_state, losses = run.optimizer.init(params), []
+    opt_state, losses = jax.jit(run.optimizer.init)(params), []
     for tokens in TOKENS:
         nats, params, opt_state = step(params, opt_state, tokens)
         losses.append(float(nats))
@@ -87,12 +87,17 @@ def train_theirs(model):
 
 def continue_ours(model, params, prompt):
     """Returns the likeliest tokens after a prompt, with a key-value cache."""
-    extend = jax.jit(model.extend)
+
+    @jax.jit
+    def extend(params, cache, tokens, at):
+        hidden, cache = model.extend(params, cache, tokens, at)
+        return model.logits(params, hidden)[0, -1].argmax(), cache
+
     cache, tokens = model.init_cache(1, len(prompt) + NEW_TOKENS), list(prompt)
     for i in range(len(prompt) + NEW_TOKENS - 1):
-        hidden, cache = extend(params, cache, np.asarray([[tokens[i]]]), i)
+        likeliest, cache = extend(params, cache, np.asarray([[tokens[i]]]), i)
         if i + 1 == len(tokens):
-            tokens.append(int(model.logits(params, hidden)[0, -1].argmax()))
+            tokens.append(int(likeliest))
     return tokens
 
 
@@ -118,7 +123,8 @@ def compare(name, root):
     params = tree_of(run.model, start)
     with torch.no_grad():
         want = theirs(torch.from_numpy(TOKENS[0])).logits.numpy()
-    logits = np.abs(run.model.logits(params, run.model.apply(params, TOKENS[0])) - want)
+    score = jax.jit(lambda params: run.model.logits(params, run.model.apply(params, TOKENS[0])))
+    logits = np.abs(score(params) - want)
     our_losses, params = train_ours(run, params)
     losses = np.abs(np.subtract(our_losses, train_theirs(theirs)))
     family, axes = family_of_model(cfg), named_leaves(run.model.axes)

@@ -1,16 +1,18 @@
 """The bench compares each kernel with float64 first, and no kernel can spoil another's row."""
 
+import io
 import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import bench, contest_process
+from pallas_kernels import bench, contest_child, contest_process
 from pallas_kernels.bench_results import as_row
 from pallas_kernels.contests import TINY, build_contests
 from pallas_kernels.correctness import compare, exact_results
@@ -153,9 +155,34 @@ def test_a_kernel_that_hangs_crashes_or_is_wrong_costs_only_its_own_row(
     assert again == contests and "us (" not in capsys.readouterr().out  # nothing ran again
 
 
-def test_the_interpreted_bench_compares_and_times_a_contest(tmp_path, capsys):
+class ChildInThisProcess:
+    """Runs contest_child in this process, which has imported JAX and PyTorch already."""
+
+    def __init__(self, argv):
+        self._argv = argv[len(contest_process.COMMAND) - 1 :]
+
+    def send_line(self):
+        pass
+
+    def wait(self, limit_s):
+        with mock.patch("sys.stdin", io.StringIO("go\n")):
+            contest_child.main(self._argv)
+        return 0
+
+    def kill(self):
+        pass
+
+
+def test_the_interpreted_bench_compares_and_times_a_contest(tmp_path, capsys, monkeypatch):
+    start = contest_process.ChildProcess
+
+    def start_device_only(argv, output, env):  # the contest runs in this process
+        has_contest = json.loads(Path(argv[-2]).read_text())["name"]
+        return ChildInThisProcess(argv) if has_contest else start(argv, output, env)
+
+    monkeypatch.setattr(contest_process, "ChildProcess", start_device_only)
     out = tmp_path / "results.json"
-    bench.main(["--tiny", "--minutes=2", "--only", "norm", f"--out={out}"])
+    bench.main(["--tiny", "--minutes=2", "--only", "square", f"--out={out}"])
     results = json.loads(out.read_text())
     (contest,) = results["contests"].values()
     assert "trial" in results and contest["done"]
@@ -163,7 +190,7 @@ def test_the_interpreted_bench_compares_and_times_a_contest(tmp_path, capsys):
     assert max(contest["contestants"]["triton"]["distances"]) < 3e-3
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 2 and all(line.startswith("trial: ") for line in lines)
-    assert any("norm" in line and "times mean nothing" in line for line in lines)
+    assert any("square" in line and "times mean nothing" in line for line in lines)
 
 
 @pytest.mark.parametrize("fact, value", [("device", "another"), ("jax", "0.9.9")])

@@ -285,6 +285,34 @@ def test_without_the_triton_backend_strict_uses_the_other_bodies_or_says_what_is
         routes(strict=True)
 
 
+def test_a_chip_without_a_row_takes_that_of_one_with_the_same_multiprocessors(tmp_path):
+    contest = SimpleNamespace(op="norm", shape=(768,), documents=False, window=0)
+    write = lambda chip, seconds: write_json(
+        tmp_path / f"{chip}.json",
+        [
+            as_row(
+                contest, chip, {"triton": timed(seconds), "xla": timed(1.0)}, jax.__version__
+            )._asdict()
+        ],
+    )
+    choose = lambda: choose_body("norm", "sm_90", "h200", "bfloat16", (768,), tmp_path)
+    write("h100", 0.5)
+    assert choose().faster and "of xla on h100" in choose().reason
+    write("h200", 2.0)
+    read_rows.cache_clear()
+    assert not choose().faster and "of xla on h200" in choose().reason
+
+
+@pytest.mark.skipif(not mosaic.USABLE, reason=mosaic.REASON)
+@pytest.mark.parametrize("heads, refused", [(12, ""), (3, ""), (1, "at least 128; got 64")])
+def test_small_gram_matrices_keep_a_model_from_mosaics_square(heads, refused):
+    """With a Gram matrix of 64 rows the compiled body's results were wrong on an H200."""
+    model = ModelConfig(L=2, D=768, H=12, G=heads, K=64, F=3_072, V=50_304, dtype="bfloat16")
+    route = choose_routes(model, False, "gpu", False, arch="sm_90", chip="h100")["square"]
+    assert (route.implementation == "fused:sm_90") is (not refused)
+    assert refused in route.reason
+
+
 def test_a_jax_without_the_triton_backend_can_import_the_kernels(monkeypatch):
     monkeypatch.delattr("jax.experimental.pallas.triton")
     monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)

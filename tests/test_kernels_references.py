@@ -220,9 +220,9 @@ def test_head_scores_equal_the_reference(N, D, V, softcap, dtype):
     @jax.jit
     def fused(h, w, targets):
         call = lambda keep: head_scores(h, w, targets, HEAD, softcap, keep, interpret=INTERPRET)
-        return call(True), call(False)
+        return [call(keep) for keep in ("logits", "exponentials", "")]
 
-    got, lean = fused(h, w, targets)
+    got, exponentials, lean = fused(h, w, targets)
     reference = jax.jit(lambda h, w: head_scores_reference(h, w, targets, softcap))
     want = reference(*exact(h, w))
     assert distance(got.logits_NV, want.logits_NV) < 2e-6
@@ -230,10 +230,26 @@ def test_head_scores_equal_the_reference(N, D, V, softcap, dtype):
     assert distance(lse(got), lse(want)) < 1e-6
     assert distance(got.hit_N, want.hit_N) < 2e-6
     assert not np.any(np.asarray(got.hit_N)[(targets < 0) | (targets >= V)])
-    dlogits = lambda scores: np.exp(np.asarray(scores.logits_NV) - lse(scores)[:, None])
-    assert distance(dlogits(got).astype(HALF), dlogits(want)) < 2e-3
-    assert lean.logits_NV is None
-    assert np.array_equal(lse(lean), lse(got)) and np.array_equal(lean.hit_N, got.hit_N)
+    softmax = want.softmax(lse(want))
+    for scores in (got, exponentials):
+        assert distance(scores.softmax(lse(got)).astype(HALF), softmax) < 3e-3
+    for scores in (exponentials, lean):
+        assert scores.logits_NV is None
+        assert np.array_equal(lse(scores), lse(got)) and np.array_equal(scores.hit_N, got.hit_N)
+
+
+def test_the_error_of_kept_exponentials_does_not_grow_with_the_logits():
+    h, w = draw(0, (16, 64), HALF), draw(1, (256, 64), HALF) * 8  # logits up to about 250
+    targets = np.zeros(16, np.int32)
+    want = jax.jit(head_scores_reference)(*exact(h, w), targets)
+    lse = np.asarray(want.top_N) + np.log(want.total_N)
+    got = head_scores(h, w, targets, HEAD, 0.0, "exponentials", INTERPRET)
+    logits = np.asarray(want.logits_NV)
+    assert np.abs(logits).max() > 200
+    assert distance(got.softmax(lse), want.softmax(lse)) < 3e-3
+    # Logits in bfloat16 would be off by half a unit here.
+    rounded = logits.astype(HALF).astype(np.float32)
+    assert distance(np.exp(rounded - lse[:, None]), want.softmax(lse)) > 0.1
 
 
 SMALL = FlashAttentionTiles(

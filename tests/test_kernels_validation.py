@@ -54,6 +54,7 @@ KERNELS: dict[Any, dict[str, Any]] = {
         "targets_N": int32(8),
         "tiles": TILES,
         "softcap": 0.0,
+        "keep": "exponentials",
     },
     symmetric: {
         "x_XMN": bf16(2, 16, 24),
@@ -141,6 +142,7 @@ WRONG = [  # kernel, changed arguments, the start of the error, the value in it
         "MosaicAttentionTiles(",
     ),
     (flash_attention, {"blocks": BLOCKS._replace(dkv=PRODUCT)}, "blocks.dkv must be", "DqProduct"),
+    (head_scores, {"keep": True}, "keep must be in", "True"),
     (head_scores, {"h_ND": bf16(8, 4, 4)}, "h_ND must", "bfloat16[8, 4, 4]"),
     (head_scores, {"h_ND": bf16(0, 16)}, "h_ND must", "bfloat16[0, 16]"),
     (head_scores, {"w_VD": bf16(32, 24)}, "w_VD must", "bfloat16[32, 24]"),

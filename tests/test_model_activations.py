@@ -69,9 +69,12 @@ def test_norms_and_gradients_are_as_near_to_float64_as_jax_own(form, width, gain
 def test_gelu_for_gpus_is_nearer_to_float64_than_bfloat16_arithmetic():
     x = jnp.linspace(-8, 8, 4_096).astype(jnp.bfloat16)
     dy = jax.random.normal(jax.random.key(0), x.shape).astype(jnp.bfloat16)
-    exact = in_float64(activations.gelu, (x,), dy)
-    got = distances(differentiate(activations.gelu_gpu, (x,), dy), exact)
-    bf16 = distances(differentiate(activations.gelu, (x,), dy), exact)
+    bias = jnp.asarray([0.3])
+    plain = lambda x, bias: activations.gelu(x + bias)
+    exact = in_float64(plain, (x[:, None], bias), dy[:, None])
+    got = distances(differentiate(activations.gelu_gpu, (x[:, None], bias), dy[:, None]), exact)
+    rounded = lambda x, bias: plain(x, bias.astype(x.dtype))
+    bf16 = distances(differentiate(rounded, (x[:, None], bias), dy[:, None]), exact)
     assert max(got) < 2e-3  # one rounding to 8 bits
     assert all(ours < theirs for ours, theirs in zip(got, bf16, strict=True))
 
@@ -104,14 +107,16 @@ def test_no_activation_is_stored_in_float32(chip):
     def network(h, w, gain, bias):
         for i in range(2):
             n = activations.normalise_gpu(h, gain[i], bias[i], "layer", (-1,), EPS)
-            h = h + activations.gelu_gpu(dense_plain(n, w[i], bias[i]))
+            h = h + activations.gelu_gpu(dense_plain(n, w[i]), bias[i])
         return h
 
     def step(h, w, gain, bias, dh):
         h, pullback = jax.vjp(network, h, w, gain, bias)
         return h, pullback(dh)
 
-    options = tuning.compiler_options(chip)
+    # XLA's own products may spill, as no autotuner chooses their tiles here.
+    options = {"xla_gpu_fail_ptx_compilation_on_register_spilling": False}
+    options |= tuning.compiler_options(chip)
     compiled, _ = compile_for(CHIPS[chip], step, h, w, vectors, vectors, h, **options)
     works = Program(compiled.as_text()).work()
     results = [shapes_of(re.sub(r"\{[^}]*\}", "", work.instruction.result)) for work in works]

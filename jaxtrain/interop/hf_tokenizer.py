@@ -4,6 +4,7 @@ transformers must encode text exactly as the run did: the same ids, after the to
 document. Generation must stop where the next document would start.
 """
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -121,15 +122,21 @@ def build_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         vocabulary = {letter: byte for letter, byte in letters.items() if byte} | {END: 0}
         data = _byte_level(vocabulary, [], use_regex=False)
     elif tokenizer.name == "gpt2":
-        letter_of = {byte: letter for letter, byte in byte_letters().items()}
-        ranks = gpt2_ranks()
-        to_letters = lambda token: "".join(letter_of[byte] for byte in token)
-        merges = [(to_letters(a), to_letters(b)) for a, b in _merges(ranks)]
-        vocabulary = {to_letters(token): rank for token, rank in ranks.items()}
+        vocabulary, merges = _gpt2_pieces()
         data = _byte_level(vocabulary | {END: tokenizer.eot}, merges, use_regex=True)
     else:
         data = read_json_object(Path(tokenizer.name)) | {"truncation": None, "padding": None}
     return _with_leading_eot(data, tokenizer)
+
+
+@functools.cache  # takes 4 s
+def _gpt2_pieces() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Returns GPT-2's vocabulary and merges, in the letters of byte-level BPE."""
+    letter_of = {byte: letter for letter, byte in byte_letters().items()}
+    ranks = gpt2_ranks()
+    to_letters = lambda token: "".join(letter_of[byte] for byte in token)
+    merges = [(to_letters(a), to_letters(b)) for a, b in _merges(ranks)]
+    return {to_letters(token): rank for token, rank in ranks.items()}, merges
 
 
 def _byte_level(vocabulary: dict[str, int], merges: list, use_regex: bool) -> dict[str, Any]:

@@ -82,6 +82,7 @@ class LayerOps:
         is_gpu = dense.implementation == "plain"
         self.joins_gate_and_up = is_gpu and not cfg.bias and mesh is None
         self.normalise = activations.normalise_gpu if is_gpu else activations.normalise
+        self.gelu_adds_bias = is_gpu
         self.gelu = activations.gelu_gpu if is_gpu else activations.gelu
 
     def add_norm(
@@ -130,13 +131,13 @@ class Linear(nnx.Module):
             self.b = param(cfg, Axes(parsed.stack, parsed.outputs))
         self.input_dims = len(parsed.inputs)
 
-    def __call__(self, x: jax.Array, ops: LayerOps) -> jax.Array:
+    def __call__(self, x: jax.Array, ops: LayerOps, add_bias: bool = True) -> jax.Array:
         w = self.w[...]
         inputs, outputs = w.shape[: self.input_dims], w.shape[self.input_dims :]
         assert inputs == x.shape[2:], f"{x.shape} does not end in {inputs}"
         x_BTI = x.reshape(*x.shape[:2], -1)
         w_IO = w.reshape(x_BTI.shape[-1], -1)
-        b_O = self.b[...].reshape(-1) if self.has_bias else None
+        b_O = self.b[...].reshape(-1) if self.has_bias and add_bias else None
         return ops.dense(x_BTI, w_IO, b_O).reshape(*x.shape[:2], *outputs)
 
 
@@ -211,9 +212,12 @@ class Mlp(nnx.Module):
         if self.is_gated:  # https://arxiv.org/abs/2002.05202
             gate, up = ops.gate_and_up(self.gate, self.up, x_BTD)
             return self.down((jax.nn.silu if self.form == "swiglu" else ops.gelu)(gate) * up, ops)
-        up = self.up(x_BTD, ops)
         if self.form == "gelu":
-            return self.down(ops.gelu(up), ops)
+            if self.up.has_bias and ops.gelu_adds_bias:
+                product = self.up(x_BTD, ops, add_bias=False)
+                return self.down(activations.gelu_gpu(product, self.up.b[...]), ops)
+            return self.down(ops.gelu(self.up(x_BTD, ops)), ops)
+        up = self.up(x_BTD, ops)
         return self.down(jnp.square(jax.nn.relu(up)), ops)  # https://arxiv.org/abs/2109.08668
 
 

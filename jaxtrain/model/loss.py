@@ -116,16 +116,27 @@ class _OnePassScores:
         return jnp.exp(self.logits - top[..., None]) / total[..., None]
 
 
-class _FusedScores(_OnePassScores):
-    """_OnePassScores, computed by the kernel, which stores the logits only if `keep`."""
+class _FusedScores:
+    """_OnePassScores, computed by the kernel, which stores what a gradient needs if `keep`.
+
+    That is the logits in float32 if there is a softcap, whose slope needs them, or if the model is
+    in float32; else exponentials in bfloat16, which are half as many bytes.
+    """
 
     def __init__(self, h, w_VD, b_V, targets, vocabulary, softcap, form, keep, scores):
         assert b_V is None and form == "tanh", "choose_routes never selects the kernel for these"
         targets_N = (targets - vocabulary.first).ravel()
-        logits_NV, *per_row = scores(h.reshape(-1, h.shape[-1]), w_VD, targets_N, softcap, keep)
-        unflatten = lambda x: x.reshape(*targets.shape, *x.shape[1:])
-        self.logits = unflatten(logits_NV) if keep else None
-        self.top, self.total, self.target = map(unflatten, per_row)
+        wide = softcap or h.dtype.itemsize > 2
+        kept = ("logits" if wide else "exponentials") if keep else ""
+        self.found = scores(h.reshape(-1, h.shape[-1]), w_VD, targets_N, softcap, kept)
+        self.unflatten = lambda x: x.reshape(*targets.shape, *x.shape[1:])
+        logits_NV = self.found.logits_NV
+        self.logits = None if logits_NV is None else self.unflatten(logits_NV)
+        per_row = self.found.top_N, self.found.total_N, self.found.hit_N
+        self.top, self.total, self.target = map(self.unflatten, per_row)
+
+    def softmax(self, top, total):
+        return self.unflatten(self.found.softmax((top + jnp.log(total)).ravel()))
 
 
 def _local_loss(

@@ -104,7 +104,7 @@ def build_qk_rope(route: Route, eps: float, mesh: Mesh | None = None) -> Callabl
 def build_scores(route: Route) -> Callable:
     """Builds scores(h_ND, w_VD, targets_N, softcap, keep) -> head_scores.Scores.
 
-    Call it inside shard_map: it computes one device's rows.
+    Call it inside shard_map: it computes one device's rows. `keep` is that of head_scores.
     """
     from pallas_kernels.head_scores import head_scores
 

@@ -14,7 +14,7 @@ from jaxtrain.config.sections import KernelsConfig
 from jaxtrain.ops import tuning
 from jaxtrain.ops.cudnn import find_cudnn_obstacle
 from jaxtrain.ops.devices import cpu_multiplies_bf16
-from pallas_kernels.kernel_choice import BodyChoice, choose_body, explain_missing_triton
+from pallas_kernels.kernel_choice import BodyChoice, choose_body, find_body_obstacle
 from pallas_kernels.tiles import TILES, default_tiles
 
 REQUESTED = "requested by"  # the reason begins with it if a flag selects the route
@@ -109,7 +109,9 @@ class _KernelRoutes:
             return f"its soft-cap is a tanh; got {model.logit_softcap_form=}"
         if op in ("attention", "qk_rope") and model.G % self.tensor:
             return f"mesh.tensor={self.tensor} must divide {model.G=}"
-        return explain_missing_triton(op, None if self.kernels.interpret else self.measured)
+        tiles = None if self.kernels.interpret else self.measured(op).tiles
+        outputs = model.F, model.H * model.K, model.G * model.K  # of matrices with D inputs
+        return find_body_obstacle(op, tiles, {min(model.D, n) for n in outputs})
 
     def scoring_obstacle(self) -> str:
         """Returns which score of the model attention's kernel does not compute; "" if none."""
@@ -141,11 +143,8 @@ class _KernelRoutes:
         where = self.arch, self.chip, self.model.dtype, self.shape(op)
         if op != "attention":
             return choose_body(op, *where)
-        choices = [
-            choose_body(op, *where, documents=self.documents, window=window)
-            for window in self.windows()
-        ]
-        return min(choices, key=lambda choice: choice.faster)
+        choose = lambda window: choose_body(op, *where, documents=self.documents, window=window)
+        return min(map(choose, self.windows()), key=lambda choice: choice.faster)
 
     def fused(self, op: str) -> Route | None:
         """Returns the route to op's kernel; None if XLA's implementation should run."""
