@@ -19,7 +19,7 @@ https://triton-lang.org/main/getting-started/tutorials/03-matrix-multiplication.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -126,12 +126,6 @@ def _kernel(h_ref, w_ref, targets_ref, *out_refs, tiles, softcap, keep):
         triton.store(ref.at[tile, rows], x, mask=inside)
 
 
-def kept_array(h_ND: Any, w_VD: Any, keep: str) -> list[jax.ShapeDtypeStruct]:
-    """Returns shape and type of what a kernel stores for the gradient, as a list of one or none."""
-    dtype = h_ND.dtype if keep == "exponentials" else jnp.float32
-    return [jax.ShapeDtypeStruct((len(h_ND), len(w_VD)), dtype)] if keep else []
-
-
 @functools.partial(jax.jit, static_argnames=("tiles", "softcap", "keep", "interpret"))
 def head_scores(
     h_ND: jax.Array,
@@ -157,14 +151,15 @@ def head_scores(
         ValueError: check_head_scores refuses the arguments, or the Mosaic body.
     """
     check_head_scores(h_ND, w_VD, targets_N, tiles, softcap, keep)
+    (N, _), V = h_ND.shape, w_VD.shape[0]
+    dtype = h_ND.dtype if keep == "exponentials" else jnp.float32
+    kept = [jax.ShapeDtypeStruct((N, V), dtype)] if keep else []
     if isinstance(tiles, MosaicProductTiles):
         from pallas_kernels import head_scores_mosaic as mosaic  # not every JAX has Mosaic
 
-        out = mosaic.head_scores(h_ND, w_VD, targets_N, tiles, softcap, keep, interpret)
+        out = mosaic.head_scores(h_ND, w_VD, targets_N, tiles, softcap, keep, kept, interpret)
     else:
-        (N, _), V = h_ND.shape, w_VD.shape[0]
         vocabulary_tiles = pl.cdiv(V, tiles.columns)
-        kept = kept_array(h_ND, w_VD, keep)
         partial = jax.ShapeDtypeStruct((vocabulary_tiles, N), jnp.float32)
         out = triton.call(
             functools.partial(_kernel, tiles=tiles, softcap=softcap, keep=keep),
@@ -178,9 +173,8 @@ def head_scores(
     top_PN, total_PN, hit_PN = out[bool(keep) :]  # from each of P vocabulary tiles
     top_N = top_PN.max(0)
     total_N = (total_PN * jnp.exp(top_PN - top_N)).sum(0)  # rescales each l to the common maximum
-    top_N = jnp.where(
-        jnp.isnan(total_N), jnp.nan, top_N
-    )  # a GPU's maximum may drop nan; l keeps it
+    # A GPU's maximum may drop nan; l keeps it.
+    top_N = jnp.where(jnp.isnan(total_N), jnp.nan, top_N)
     logits_NV = out[0] if keep == "logits" else None
     scores = Scores(logits_NV, top_N, total_N, hit_PN.sum(0))
     if keep != "exponentials":

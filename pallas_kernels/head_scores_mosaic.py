@@ -14,7 +14,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import mosaic
-from pallas_kernels.head_scores import kept_array
 from pallas_kernels.mosaic import plgpu
 from pallas_kernels.mosaic_product import pipeline_scratch, run_products
 from pallas_kernels.tile_order import LOWEST, MASKED, grouped_tile
@@ -86,9 +85,13 @@ def head_scores(
     tiles: MosaicProductTiles,
     softcap: float,
     keep: str,
+    kept: list[jax.ShapeDtypeStruct],
     interpret: bool,
 ) -> list[jax.Array]:
     """Runs the kernel of pallas_kernels.head_scores, which combines the results of the tiles.
+
+    Args:
+        kept: shape and type of what `keep` names, or nothing.
 
     Returns:
         what `keep` names, [N,V]; then top, total and hit, [vocabulary tiles, N] each.
@@ -97,7 +100,6 @@ def head_scores(
         ValueError: mosaic.check refuses the arrays; what is kept has rows of a multiple of 64.
     """
     (N, _), V = h_ND.shape, w_VD.shape[0]
-    kept = kept_array(h_ND, w_VD, keep)
     mosaic.check(*kept, h=h_ND, w=w_VD)
     # The targets and the partial results are accessed without TMA, which would check bounds: pad.
     targets = mosaic.pad_last(targets_N, tiles.rows, -1)

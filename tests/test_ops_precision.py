@@ -75,7 +75,7 @@ def test_a_resumed_run_continues_in_the_type_that_it_began_with(tmp_path, monkey
         config = debug.get_config()
         config.update({"workdir": str(tmp_path / "run"), "steps": steps})
         config.data.text, config.sample.tokens = str(text), 0
-        config.model.dtype, config.model.L = "auto", 1
+        config.model.update(dtype="auto", L=1, attention="reference")
         config.optim.name = "adamw"  # compiles fastest
         assert train(config_lib.freeze(config), jax.devices()[:1]) == 0
         return capsys.readouterr().out

@@ -15,6 +15,7 @@ from jaxtrain.training.source_losses import SourceLosses
 from jaxtrain.training.step import BY_SOURCE
 
 SMALL = {"model__L": 1, "model__D": 16, "model__F": 32, "optim__name": "adamw"}
+SMALL |= {"model__attention": "reference"}  # compiles fastest
 SMALL |= {"sample__tokens": 0, "eval_every": 6, "data__val_fraction": 0.2}
 
 
