@@ -104,7 +104,13 @@ def shard_cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+LEAVE_OUT_LONG = "JAXTRAIN_TESTS_LEAVE_OUT_LONG"  # for xdist's workers, which inherit it
+
+
 def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # not a worker
+        chosen = config.args_source is config.ArgsSource.ARGS or config.option.markexpr
+        os.environ[LEAVE_OUT_LONG] = "" if chosen else "1"
     if config.option.markexpr == "gpu" and jax.default_backend() != "gpu":
         raise pytest.UsageError(
             f"-m gpu needs a GPU; got {jax.default_backend()}. Set JAX_PLATFORMS=cuda."
@@ -134,9 +140,18 @@ def pytest_collection_finish():
     gc.freeze()  # a collection need not visit imported modules
 
 
-def pytest_collection_modifyitems(items):
+def pytest_terminal_summary(terminalreporter):
+    if os.environ[LEAVE_OUT_LONG]:
+        terminalreporter.write_line("left out: the long tests, which -m long runs")
+
+
+def pytest_collection_modifyitems(config, items):
+    if os.environ[LEAVE_OUT_LONG]:
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
     place = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
     for item in items:
-        if item.path.name not in SLOW_FILES:
+        if item.path.name not in SLOW_FILES and not item.get_closest_marker("long"):
             item.add_marker("fast")

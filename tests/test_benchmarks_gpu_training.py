@@ -218,6 +218,7 @@ def run_in_process(module, job, folder, limit_s, env):
     return json.loads(paths[1].read_text())
 
 
+@pytest.mark.long
 def test_the_gpu_suite_runs_to_its_end_at_tiny_size(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_training, "run_child", run_in_process)
     path = tmp_path / "rows.jsonl"
@@ -257,6 +258,7 @@ def test_losses_that_differ_by_more_than_the_spread_over_seeds_fail():
     assert not far["within_noise"] and "OUTSIDE" in loss_parity.describe(far)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not HAS_TORCH, reason='torch is missing: pip install "jaxtrain[crosscheck]"')
 def test_suite_judge_trains_both_frameworks_to_the_same_losses(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loss_parity, "run_child", run_in_process)

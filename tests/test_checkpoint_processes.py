@@ -8,6 +8,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from checkpoint_states import FSDP, abstract, mesh_of, truncate
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -32,6 +33,7 @@ def start(program, *args, **env):
     return runs.fork_program(textwrap.dedent(program), *args, env={**os.environ, **env})
 
 
+@pytest.mark.long
 def test_kill_9_in_the_middle_of_a_save_leaves_the_last_good_step(tmp_path):
     in_the_middle = 0
     for delay_s in (0.0, 0.03):

@@ -258,6 +258,7 @@ def test_the_arguments_after_the_dashes_of_launch_are_a_command_line_of_train():
     assert (config.steps, config.workdir) == (5, "/shared/run")
 
 
+@pytest.mark.long
 def test_a_config_is_trained_by_its_name_from_another_folder(tmp_path):
     argv = ["train", "--steps", "2", "debug", "--workdir=a run", "--sample.tokens=0"]
     argv += ["--data.text=text é.txt", "--compile_cache="]

@@ -138,6 +138,7 @@ def test_settings_are_taken_from_theirs_and_differences_are_marked(tmp_path):
     assert "optim.adam_b2=0.95  <- differs" in changed
 
 
+@pytest.mark.long
 def test_the_whole_command_trains_a_gpt_with_both(tmp_path, capsys):
     source = write_optimizer(tmp_path)
     config = build_config(source, "", "adamw")

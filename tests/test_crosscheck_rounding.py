@@ -73,6 +73,7 @@ def largest(comparison, quantity, steps):
     return max(d.size for d in found if d.quantity == quantity)
 
 
+@pytest.mark.long
 def test_the_tolerances_are_a_few_times_what_rounding_causes(recorded, tmp_path):
     start, ours = recorded
     found = compare_traces(ours, record_torch(start, tmp_path / "t.jsonl", batches=ours))
@@ -83,6 +84,7 @@ def test_the_tolerances_are_a_few_times_what_rounding_causes(recorded, tmp_path)
     assert np.median([d.size / d.tolerance for d in differences]) > 0.02
 
 
+@pytest.mark.long
 def test_a_fault_above_rounding_is_found_in_float32_and_one_below_it_is_not(recorded, tmp_path):
     start, ours = recorded
     cfg = start.run.cfg
@@ -95,6 +97,7 @@ def test_a_fault_above_rounding_is_found_in_float32_and_one_below_it_is_not(reco
     assert "below rounding, and so not seen, are differences up to: loss" in explain(found)
 
 
+@pytest.mark.long
 def test_40_steps_of_muon_stay_within_the_formulas_tolerances(recorded, text, tmp_path):
     assert recorded  # has compiled the step
     start, ours = record_jax(muon_config(tmp_path, text, 40), tmp_path / "ours.jsonl")
@@ -105,6 +108,7 @@ def test_40_steps_of_muon_stay_within_the_formulas_tolerances(recorded, text, tm
     assert found.losses[-1].mean() < found.losses[0].mean() - 1  # it learned
 
 
+@pytest.mark.long
 def test_20_steps_of_adamw_agree_and_rounding_decides_only_the_bias_of_the_keys(tmp_path, text):
     cfg = small_config("gpt2", tmp_path, text, "float32", 20, name="adamw", weight_decay=0.1)
     start, ours = record_jax(one_layer(cfg), tmp_path / "ours.jsonl", measure_rounding=True)
@@ -126,6 +130,7 @@ def test_without_measured_rounding_the_report_says_that_the_tolerances_are_a_for
     assert "neither trace measured its rounding" in explain(found)
 
 
+@pytest.mark.long
 def test_newton_schulz_in_bfloat16_agrees_within_its_own_rounding(tmp_path, text):
     options = {"ns_dtype": "bfloat16", "ns_form": "torch"}
     cfg = small_config("llama", tmp_path, text, "float32", 3, **options)

@@ -82,6 +82,7 @@ os._exit(1)
 """
 
 
+@pytest.mark.long
 def test_on_gpus_all_processes_end_when_one_dies_and_none_uses_the_compile_cache():
     address, ranks = f"localhost:{free_port()}", []
     env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}

@@ -23,6 +23,7 @@ def test_generated_pages_and_notebooks_are_current():
     runs.finish(runs.fork_program(program, "--check"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["gpt_on_one_screen", "compare_optimizers", "use_optimizers"])
 def test_a_notebook_runs_from_its_first_cell_to_its_last(name):
     cells = json.loads((DOCS / f"{name}.ipynb").read_text())["cells"]
@@ -64,6 +65,7 @@ def test_flags_that_a_page_shows_exist(page):
     assert shown <= known
 
 
+@pytest.mark.long
 def test_the_examples_of_extensions_train(tmp_path):
     """Applies the patches of docs/extend.md to a copy of the tree, and runs its script."""
     blocks = re.findall(r"```(diff|python)\n(.*?)```", (DOCS / "extend.md").read_text(), re.S)

@@ -57,6 +57,7 @@ def test_the_page_shows_the_loop():
     assert LOOP.read_text() in blocks("python")
 
 
+@pytest.mark.long
 def test_a_reader_finds_the_fault_and_the_fixed_loop_agrees(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     losses, record, compare, differs, again, agrees = blocks()

@@ -41,6 +41,7 @@ def trainer_losses(cfg, steps):
     return tokens, losses
 
 
+@pytest.mark.long
 def test_losses_of_20_debug_steps_equal_the_trainers(minimal, tmp_path):
     text = tmp_path / "text"
     text.write_bytes(FILE.read_bytes() + Path(importlib.util.__file__).read_bytes())

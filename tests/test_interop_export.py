@@ -26,6 +26,8 @@ from jaxtrain.train import train
 from jaxtrain.training.run import build_run, restore_run
 from jaxtrain.training.sampling import complete
 
+pytestmark = pytest.mark.long  # every test needs the fixture's runs
+
 PROMPT = "3 plus 4"
 TOKENS = 40
 FILES = ("", "generation_")  # of config.json

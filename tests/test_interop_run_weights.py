@@ -16,6 +16,8 @@ from jaxtrain.optim.acceleration import eval_params
 from jaxtrain.train import train
 from jaxtrain.training.run import build_run, restore_run
 
+pytestmark = pytest.mark.long  # every test needs the fixture's runs
+
 # Muon orthogonalises matrices of one shape, in one iteration.
 MODEL = {"model__L": 1, "model__H": 2, "model__G": 2, "model__K": 16, "model__F": 32}
 SHARED = {"steps": 2, "sample__tokens": 0, "eval_tokens": 256, "optim__weight_decay": 0.1}

@@ -58,6 +58,7 @@ audit.main()
 AUDITED = [*{case.name: case for case in reversed(CASES)}.values()]
 
 
+@pytest.mark.long
 def test_the_audit_of_each_kernel_at_one_size_passes_for_both_chips(run_python, tmp_path):
     done = run_python(AUDIT, f"--json={tmp_path}/audit.json")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -307,6 +308,7 @@ print([1.5 * 4 * 8 * 2 * 16 * visible_pairs(32, 32, 8)])  # of one layer: B, H, 
 """
 
 
+@pytest.mark.long
 def test_a_strict_train_step_compiled_for_an_a40_contains_all_fused_kernels(run_python):
     """compile_step raises if a forward kernel is missing; this test also checks the backward's."""
     done = run_python(STEP)

@@ -173,6 +173,7 @@ class ChildInThisProcess:
         pass
 
 
+@pytest.mark.long
 def test_the_interpreted_bench_compares_and_times_a_contest(tmp_path, capsys, monkeypatch):
     start = contest_process.ChildProcess
 

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from configs import debug
 from jaxtrain.config.train_config import freeze
@@ -33,6 +34,7 @@ def losses(interpret, mesh=(1, 2, 2), steps=3):
     return np.array(out)
 
 
+@pytest.mark.long
 def test_losses_with_fused_kernels_equal_those_with_references():
     fused, plain = losses(True), losses(False)
     np.testing.assert_allclose(fused, plain, atol=1e-4)

@@ -182,6 +182,7 @@ def trained(tmp_path_factory):
     return found, train_size(found, "16x1", found.horizons, lambda line: None, devices)
 
 
+@pytest.mark.long
 def test_every_horizon_is_a_branch_of_one_stable_run_and_is_trained_once(trained):
     found, losses = trained
     for horizon in found.horizons:
@@ -193,6 +194,7 @@ def test_every_horizon_is_a_branch_of_one_stable_run_and_is_trained_once(trained
     assert not [note for note in notes if "stable run" in note or "decay from" in note]
 
 
+@pytest.mark.long
 def test_runs_of_another_ladder_are_refused_by_the_flag(trained):
     found, _ = trained
     check_folders(found)

@@ -68,6 +68,7 @@ def check_losses(shared, name, out, engine):
     assert losses == pytest.approx(single, abs=1e-5) and list(losses) == [1, 2, 3]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(bool(no_slurm), reason=no_slurm)
 def test_two_slurm_nodes_have_the_losses_of_one_process(shared):
     (shared / "train.sh").write_text(read_template("slurm"))
@@ -79,6 +80,7 @@ def test_two_slurm_nodes_have_the_losses_of_one_process(shared):
         check_losses(shared, "slurm", log.read_text(), "SLURM")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(bool(no_mpi), reason=no_mpi)
 def test_two_mpirun_hosts_have_the_losses_of_one_process(shared):
     (shared / "mpi.sh").write_text(read_template("openmpi"))

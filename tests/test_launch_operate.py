@@ -100,6 +100,7 @@ def test_the_lease_is_renewed_during_the_ctrl_c_prompt_and_a_detached_job_goes_o
     Terminal(bed, "stop", job).finish(0)
 
 
+@pytest.mark.long
 def test_resume_needs_an_ended_job_and_takes_the_current_code(bed, monkeypatch, capsys):
     monkeypatch.setenv("JAXTRAIN_JOBS", str(bed.folder / "jobs"))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(bed.folder))

@@ -107,6 +107,7 @@ def recovered(bed):
     return out, err
 
 
+@pytest.mark.long
 def test_special_characters_reach_the_program_unchanged(bed, recovered):
     for name in bed.names:
         lines = [line.partition(" | ")[2] for line in recovered[0].splitlines()]
@@ -118,6 +119,7 @@ def test_special_characters_reach_the_program_unchanged(bed, recovered):
         assert bed.run(name, "stat", "-c", "%a", WORKDIR).strip() == "700"
 
 
+@pytest.mark.long
 def test_a_hanging_rank_is_reported_and_the_job_restarts_and_leaves_no_process(bed, recovered):
     out, err = recovered
     [cause] = re.findall("ROOT CAUSE (.*)", out)
@@ -192,6 +194,7 @@ def test_an_unknown_host_key_is_refused_even_if_the_users_configuration_accepts_
     assert "Host key verification failed" in err and living(bed) == []
 
 
+@pytest.mark.long
 def test_a_supervisor_and_a_rank_killed_within_a_second_cost_one_restart(bed, call):
     """tests/launch_pairs.py checks this and other pairs of faults with the trainer."""
     job = git_trees.job_id(call(*command(bed, "--detach", steps=100))[1])

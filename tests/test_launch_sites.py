@@ -66,6 +66,7 @@ def living(bed):
 
 
 @needs_bed
+@pytest.mark.long
 def test_one_command_runs_a_job_at_each_site_and_its_name_stands_for_all(bed, capfd):
     west = {"west": ("h0", "h1"), "site": "new_york"}
     arguments = command(bed, "--for=east:--batch=64", east={"site_port": 7_301}, **west)
@@ -96,6 +97,7 @@ def test_one_command_runs_a_job_at_each_site_and_its_name_stands_for_all(bed, ca
 
 
 @needs_bed
+@pytest.mark.long
 def test_status_stop_resume_and_attach_act_on_all_sites_or_on_one(bed, capfd):
     assert run.main(command(bed, "--detach", steps=10_000)) == 0
     parent = git_trees.job_id(capfd.readouterr().err)

@@ -311,6 +311,7 @@ for name in ("config.json", "metrics.jsonl", "summary.json") if rank == "0" else
 no_bed = beds.available()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(bool(no_bed), reason=no_bed)
 def test_a_jobs_run_directory_is_collected_from_all_its_hosts(tmp_path, monkeypatch):
     """The hosts share no disk: the first has the run, the others only their processes' files."""

@@ -84,12 +84,14 @@ def slope(small, large, small_sizes, large_sizes):
     return np.log(large_sizes / small_sizes) / growth
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("small, large", [((64, 2), (1024, 2)), ((64, 8), (64, 32))])
 def test_sizes_of_activations_and_of_their_changes_are_flat(small, large):
     slopes = slope(small, large, sizes_of(*small), sizes_of(*large))
     assert np.abs(slopes).max() < STEEPEST, slopes
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name, large", [("adamw", (256, 2)), ("muon", (64, 32))])
 def test_the_standard_parametrisation_fails_the_same_check(name, large):
     small = WIDTH, DEPTH  # where both parametrisations are the same

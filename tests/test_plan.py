@@ -19,6 +19,7 @@ from jaxtrain import plan  # noqa: E402
 os.environ["JAX_PLATFORMS"] = PLATFORMS  # the command sets it
 
 
+@pytest.mark.long
 def test_a_plan_over_hosts_reports_memory_communication_and_routes(tmp_path):
     for name, reason in (("cramjam", "offline extra"), ("jax_cuda12_plugin", "GPU compiler")):
         pytest.importorskip(name, reason=f"the {reason} is missing")

@@ -75,16 +75,19 @@ def printed(tmp_path_factory):
     return done.stdout.splitlines()
 
 
+@pytest.mark.long
 def test_the_memory_formula_is_within_its_error_bound_of_the_compiled_step(printed):
     peak, peak_by_formula, state, state_by_formula = map(float, printed[0].split())
     assert state == pytest.approx(state_by_formula, rel=0.01)  # vectors are not sharded
     assert abs(peak - peak_by_formula) < max(RELATIVE_ERROR * peak, ABSOLUTE_ERROR_BYTES)
 
 
+@pytest.mark.long
 def test_gradient_accumulation_does_not_allocate_a_second_tree_of_zeros(printed):
     assert int(printed[1]) < 1_024  # the gradient is 1 MiB
 
 
+@pytest.mark.long
 def test_a_model_with_windows_is_compiled_with_the_kernel_and_a_note(printed):
     assert printed[2].startswith("flash:sm_86 attention was compiled as the fused kernel")
     assert printed[2].endswith("compute the same products")

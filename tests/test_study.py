@@ -16,6 +16,8 @@ from jaxtrain.study.__main__ import run_study
 from jaxtrain.study.plan import build_plan
 from jaxtrain.study.runs import Interrupted, is_finished, read_result, run_trial
 
+pytestmark = pytest.mark.long  # every test needs the fixture's runs
+
 GRID = {"optim": {"adam_learning_rate": (0.003, 1e38)}}  # the second diverges
 
 

@@ -153,6 +153,7 @@ def check_generate(out):
     assert "4 x 8 tokens" in out and "tokens/s" in out
 
 
+@pytest.mark.long
 def test_the_commands_printed_after_a_run_work_in_an_ascii_locale_too(trained):
     """The run used one device, and evaluate uses eight."""
     title, *lines = next_commands(trained)
@@ -193,6 +194,7 @@ class Tracker:
         self.summaries.append(summary)
 
 
+@pytest.mark.long
 def test_trace_phases_exports_and_diagnosis_change_no_loss(tmp_path, text, plain):
     extras = dict(profile__steps=2, measure__phases=True, export__port=runs.free_port())
     extras["export__tracker"] = f"{__name__}:Tracker"
@@ -299,6 +301,7 @@ def test_too_many_skipped_steps_stop_the_run_and_name_the_flag(tmp_path, text):
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))  # no state was finite
 
 
+@pytest.mark.long
 def test_two_processes_train_as_one_and_one_resumes_their_run(tmp_path, text, tasks, trained):
     """Their mesh of 4 devices agrees with a run on one device, which resumes theirs."""
     values = dict(steps=6, save_every=6, sample__tokens=0, mesh__fsdp=2, mesh__tensor=2)

@@ -26,6 +26,7 @@ def test_a_bad_flag_ends_the_command_with_one_line_and_status_78(tmp_path, text,
     assert "Traceback" not in out
 
 
+@pytest.mark.long
 def test_a_run_on_an_ascii_terminal_without_a_home_prints_escapes(tmp_path, monkeypatch):
     """The folder's name has a space and a non-ASCII letter; text and prompt have some too."""
     (tmp_path / "text.txt").write_text("naïve → über ☃\n" * 1_000)

@@ -17,6 +17,7 @@ from jaxtrain.training import evaluation as evaluation_module
 COMPILES_FASTEST = dict(optim__name="adamw", model__L=1, model__attention="reference")
 
 
+@pytest.mark.long
 def test_a_run_killed_and_then_preempted_has_the_losses_of_an_uninterrupted_run(tmp_path):
     text = runs.write_text(tmp_path)
     values = dict(steps=160, save_every=40, sample__tokens=0)
@@ -97,6 +98,7 @@ def test_a_signal_interrupts_an_evaluation_and_the_resumed_run_repeats_it(shared
     assert evaluations == [1, 2, 3, 4] and logged(workdir) == logged(shared / "whole")
 
 
+@pytest.mark.long
 def test_a_signal_to_one_of_two_processes_interrupts_the_evaluation_of_both(tmp_path, monkeypatch):
     text = runs.write_text(tmp_path)
     text.write_text(text.read_text() * 100)

@@ -6,6 +6,7 @@ import signal
 import textwrap
 import time
 
+import pytest
 import xla_flags
 
 import runs
@@ -100,6 +101,7 @@ def slow_down(process, is_over):
         time.sleep(0.001)
 
 
+@pytest.mark.long
 def test_a_slow_loader_and_a_slow_processor_are_named_and_no_result_changes(tmp_path):
     folders, beats = (
         (tmp_path / "plain", tmp_path / "probed"),
