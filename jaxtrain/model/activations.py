@@ -132,15 +132,13 @@ def _gelu_forward(x, bias):
 
 def _gelu_backward(residuals, dy):
     x, bias = residuals
+    # Without the barrier XLA would store the forward's sigmoid instead of computing it again.
+    x = jax.lax.optimization_barrier(x)
     u, dy = _add_bias(x, bias), dy.astype(wide_dtype(dy.dtype))
     u2 = u * u
     sigmoid, slope = _sigmoid(u, u2), 3 * RATE * CUBIC * u2 + RATE
     dx = (dy * sigmoid * (1 + (u - u * sigmoid) * slope)).astype(x.dtype)
-    # Without the barrier XLA would store dx in float32, for a bias' sum, and read it twice.
-    dx = jax.lax.optimization_barrier(dx)
-    if bias is None:
-        return dx, None
-    return dx, dx.astype(bias.dtype).sum(tuple(range(dx.ndim - 1)))
+    return dx, None if bias is None else dx.astype(bias.dtype).sum(tuple(range(dx.ndim - 1)))
 
 
 gelu_gpu.defvjp(_gelu_forward, _gelu_backward)
