@@ -137,3 +137,30 @@ metric_list: [{{metric: acc}}, {{metric: acc_bytes}}]
     right = [first[0] / 5 < first[1] / 3, second[1] / 2 < second[0]]
     assert results["own"]["acc_bytes,none"] == np.mean(right)
     assert "own" in table
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_task_file_that_names_a_task_of_lm_eval_is_read_with_its_list(
+    known, model, tmp_path, monkeypatch
+):
+    """The list takes 19 s to read, so it is read only if the file alone is not enough."""
+    from jaxtrain.interop import lm_eval_model
+
+    path, asked = tmp_path / "own.yaml", []
+    path.write_text("include: arc_easy")
+
+    def evaluate(wrapped, tasks, limit, know_own_tasks):
+        asked.append(know_own_tasks)
+        if not (know_own_tasks and known):
+            raise KeyError("arc_easy")
+        return "table", {}
+
+    monkeypatch.setattr(lm_eval_model, "wrap_for_lm_eval", lambda model: model)
+    monkeypatch.setattr(lm_eval_model, "_evaluate", evaluate)
+    run = lambda tasks: lm_eval_model.run_lm_eval(model, tasks)
+    if known:
+        assert run([str(path)]) == ("table", {}) and asked == [False, True]
+        assert run([str(path), "arc_easy"]) == ("table", {}) and asked == [False, True, True]
+    else:
+        with pytest.raises(ValueError, match="must name tasks that lm_eval knows; got .*arc_easy"):
+            run([str(path)])
