@@ -6,7 +6,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from sites_in_memory import Hub, Site, build
+from sites_in_memory import Hub, Site, arrive_in_time, build
 from sites_scene import Scene, wait_until
 
 import runs
@@ -180,11 +180,18 @@ def test_a_lost_site_is_left_out_and_returns_with_the_same_weights(built, tmp_pa
 def test_a_site_returns_to_delayed_fragments(built, tmp_path):
     with Pair(built, tmp_path, codec="int4", fragments=2, delay=1) as pair:
         step = [2 * PERIOD]
-        a, training_a = pair.start("a", before=pace(lambda: step[0]))
+        pass_limit = pace(lambda: step[0])
+
+        def wait_for_b(site, now):
+            if now <= 2 * PERIOD + 1:  # else the steps of later rounds depend on a race
+                arrive_in_time(site, now)
+            pass_limit(site, now)
+
+        a, training_a = pair.start("a", before=wait_for_b)
         b, training_b = pair.start("b", until=PERIOD, save=(PERIOD,))
         training_b.result(60)
+        assert wait_until(lambda: len(pair.ledger("a")) == 2, 60)
         pair.exchanges["b"].close()
-        time.sleep(1.1)  # sites.lost_s
         step[0] = 4 * PERIOD
         left_out = lambda: {line.fragment for line in pair.ledger("a") if line.participants == ONE}
         assert wait_until(lambda: len(left_out()) == 2, 60)
