@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from launch.host import log, processes
+from launch.host.agent import serve_orders
 from launch.host.code import Request, land, receive, root_of
 from launch.host.environment import build_environment, summarize_data
 from launch.host.exit_codes import STOPPED
+from launch.host.facts import gather_facts
 from launch.host.files import read_json, write_json
 from launch.host.keeper import KEEPER, start_detached
 from launch.host.restart_policy import NOW
@@ -240,17 +242,11 @@ def pull(request: Request) -> dict[str, Any]:
 
 def facts(request: Request) -> None:
     """Sends this host's facts, then serves orders, see launch.host.agent."""
-    # Imported here, as most requests need neither: a host compiles all that a request imports.
-    from launch.host.agent import serve_orders
-    from launch.host.facts import gather_facts
-
     serve_orders(request, send_frame, gather_facts(root_of(request), request))
 
 
 def net(request: Request) -> None:
     """Serves orders, see launch.host.agent."""
-    from launch.host.agent import serve_orders
-
     serve_orders(request, send_frame, {})
 
 
