@@ -20,6 +20,7 @@ from pallas_kernels.tiles import (
     ATTENTION_KINDS,
     MOSAIC_FIRST,
     MOSAIC_HEADS,
+    MOSAIC_LEAST_ROWS,
     MOSAIC_TYPES,
     PRODUCT_KINDS,
     FlashAttentionTiles,
@@ -196,11 +197,12 @@ def find_body_obstacle(op: str, tiles: OpTiles | None, sides: Iterable[int]) -> 
             return f"jax no longer has the Triton backend, which compiles the body of {names}"
     if op != "square" or not any(map(_is_mosaic, kernels.values())):
         return ""
-    refused = [side for side in sorted(sides) if side < 128 or side % 64]
+    refused = [side for side in sorted(sides) if side < MOSAIC_LEAST_ROWS or side % 64]
     if not refused:
         return ""
     got = ", ".join(map(str, refused))
-    return f"Mosaic's takes matrices of a multiple of 64, at least 128; got {got}"
+    least = MOSAIC_LEAST_ROWS
+    return f"Mosaic's takes matrices of a multiple of 64, at least {least}; got {got}"
 
 
 def _is_mosaic(kernel):

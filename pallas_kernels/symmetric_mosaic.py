@@ -17,11 +17,7 @@ from pallas_kernels import mosaic
 from pallas_kernels.mosaic import plgpu
 from pallas_kernels.mosaic_product import pipeline_scratch, run_products
 from pallas_kernels.tile_order import triangle_tile
-from pallas_kernels.tiles import MosaicProductTiles
-
-# A matrix must fill a tile's rows: with 64 in tiles of 128 the compiled kernel's results were wrong
-# (H200, jax 0.11.2, 2026-11-27), though the interpreter's were right.
-LEAST_ROWS = 128
+from pallas_kernels.tiles import MOSAIC_LEAST_ROWS, MosaicProductTiles
 
 
 class _Triangle:
@@ -120,16 +116,18 @@ def symmetric(
 
     Raises:
         ValueError: mosaic.check refuses the arrays, M is not a multiple of 64, or M is less than
-            LEAST_ROWS.
+            MOSAIC_LEAST_ROWS.
     """
     X, M, _ = x_XMN.shape
-    if M < LEAST_ROWS:
+    if M < MOSAIC_LEAST_ROWS:
         raise ValueError(
-            f"x_XMN must have matrices of at least {LEAST_ROWS} rows; got {M}. Give the kernel "
-            "tiles of its Triton body."
+            f"x_XMN must have matrices of at least {MOSAIC_LEAST_ROWS} rows; got {M}. Give the "
+            "kernel tiles of its Triton body."
         )
     if M < tiles.rows:
-        tiles = tiles._replace(rows=LEAST_ROWS, columns=min(tiles.columns, LEAST_ROWS))
+        tiles = tiles._replace(
+            rows=MOSAIC_LEAST_ROWS, columns=min(tiles.columns, MOSAIC_LEAST_ROWS)
+        )
     c = () if c_XMM is None else (c_XMM,)
     out = jax.ShapeDtypeStruct((X, M, M), x_XMN.dtype)
     mosaic.check(out, x=x_XMN, y=y_XMN)

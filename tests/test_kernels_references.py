@@ -49,7 +49,7 @@ def exact(*arrays):
     return [jnp.asarray(x, jnp.float64) for x in arrays]
 
 
-# Every operation rounds its result to its type, as if it was a program of its own.
+# Every operation rounds its result to its type, also within a program of several.
 @functools.partial(
     jax.jit, static_argnums=0, compiler_options={"xla_allow_excess_precision": False}
 )

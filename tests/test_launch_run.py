@@ -51,7 +51,7 @@ def bed():
 
 
 def launch(*argv):
-    """Starts launch.run in a process of its own."""
+    """Starts launch.run as a child process."""
     argv, pipe = [sys.executable, "-m", "tests.quick_hosts", *argv], subprocess.PIPE
     return subprocess.Popen(
         argv, cwd=ROOT, stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL, text=True

@@ -65,7 +65,7 @@ def run_lm_eval(model: TextModel, tasks: Sequence[str], limit: int = 0) -> tuple
     """
     wrapped = wrap_for_lm_eval(model)
     if all(Path(task).is_file() for task in tasks):
-        # lm_eval reads the list of its own tasks for 19 s; few files of others name one of them.
+        # Reading the list of lm_eval's own tasks takes 19 s, and most task files name none of them.
         with contextlib.suppress(KeyError):
             return _evaluate(wrapped, tasks, limit, know_own_tasks=False)
     try:
