@@ -42,14 +42,15 @@ def trainer_losses(cfg, steps):
 
 
 @pytest.mark.long
-def test_losses_of_20_debug_steps_equal_the_trainers(minimal, tmp_path):
+@pytest.mark.parametrize(("ns_dtype", "ulps"), [("float32", 32), ("bfloat16", 400)])
+def test_losses_of_20_debug_steps_equal_the_trainers(minimal, tmp_path, ns_dtype, ulps):
     text = tmp_path / "text"
     text.write_bytes(FILE.read_bytes() + Path(importlib.util.__file__).read_bytes())
     config = debug.get_config()
     config.workdir, config.data.text = str(tmp_path / "run"), str(text)
-    config.optim.ns_dtype = "float32"
+    config.optim.ns_dtype = ns_dtype
     tokens, losses = trainer_losses(config_lib.freeze(config), minimal.STEPS)
-    np.testing.assert_array_max_ulp(np.float32(minimal.train(tokens)), np.float32(losses), 32)
+    np.testing.assert_array_max_ulp(np.float32(minimal.train(tokens)), np.float32(losses), ulps)
 
 
 def test_the_file_stays_short_and_imports_nothing_of_the_project():
