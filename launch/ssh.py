@@ -38,14 +38,20 @@ OPTIONS = {
 SHARED = {"ControlMaster": "auto", "ControlPersist": "300"}
 USER_CONFIGS = ("~/.ssh/config", "/etc/ssh/ssh_config")  # what ssh reads without -F
 SOCKET_BYTES = 104  # the longest path of a Unix socket on macOS; Linux allows 108
-HASH_BYTES = 1 + 40 + 17  # "/%C" as ssh expands it, and the suffix while it creates the socket
+NAME_DIGITS = 8  # of the hash of a host's name in the name of its socket
+# "/", that hash, "%C" as ssh expands it, and the suffix while it creates the socket
+HASH_BYTES = 1 + NAME_DIGITS + 40 + 17
 SCOPE = "systemd-run --user --scope --quiet --collect -- "  # see launch/host/logout.py
 CONFIG_LOCK = threading.Lock()  # one thread per host wants to write the same file
 HOST_CODE = Path(__file__).parent / "host"
 
 
-def control_path(limit: int = SOCKET_BYTES) -> str:
-    """Returns ssh's ControlPath, in a folder that only this user can enter.
+def control_path(target: str, limit: int = SOCKET_BYTES) -> str:
+    """Returns ssh's ControlPath for a host, in a folder that only this user can enter.
+
+    ssh's %C is a hash of the address, port and user. If two names led to one address, the second
+    would use the first one's connection, and ssh would not check that the host has the second
+    one's key. So each name has connections of its own.
 
     It is "none", and connections are not shared, if every possible path is too long or if this is
     Windows, whose OpenSSH has no shared connections.
@@ -55,7 +61,8 @@ def control_path(limit: int = SOCKET_BYTES) -> str:
     for parent in _runtime_folders():
         folder = Path(parent, f"jaxtrain-{os.getuid()}")
         if len(os.fsencode(folder)) + HASH_BYTES < limit:
-            return f"{_create_private_folder(folder)}/%C"
+            digits = hashlib.sha256(target.encode()).hexdigest()[:NAME_DIGITS]
+            return f"{_create_private_folder(folder)}/{digits}%C"
     return "none"
 
 
@@ -134,7 +141,7 @@ class SshClient:
         argv = ["ssh", "-F", config_file(self._ssh_config)]
         for name, value in SHARED.items():
             argv += ["-o", f"{name}={value}"]
-        argv += ["-o", f"ControlPath={control_path() if shared else 'none'}"]
+        argv += ["-o", f"ControlPath={control_path(host.target) if shared else 'none'}"]
         argv += ["-l", host.user] if host.user else []
         return argv + (["-p", str(host.port)] if host.port else [])
 

@@ -50,7 +50,11 @@ def run_cases(names: list[str], repetitions: range, far: bool, references: str) 
         for name in names:
             for i in repetitions[:1] if name in ONCE else repetitions:
                 start = time.monotonic()
-                result = {"case": name, "repetition": i} | (NEAR | FAR)[name](scene, i)
+                result = {"case": name, "repetition": i}
+                try:
+                    result |= (NEAR | FAR)[name](scene, i)
+                except Exception as error:  # the other cases still run
+                    result |= {"ran": False, "error": f"{type(error).__name__}: {error}"[-2000:]}
                 result["took_s"] = round(time.monotonic() - start)
                 failed += not passes(result)
                 print(json.dumps(result), flush=True)

@@ -219,8 +219,9 @@ def host_with_new_address(scene) -> dict:
 
 def move(bed, old, new):
     """Replaces h1's address, in what all hosts know of it too."""
-    bed.run("h1", "ip", "addr", "add", f"{new}/24", "dev", "lan0")
+    # In this order: Linux removes a subnet's second address together with the first one.
     bed.run("h1", "ip", "addr", "del", f"{old}/24", "dev", "lan0")
+    bed.run("h1", "ip", "addr", "add", f"{new}/24", "dev", "lan0")
     for name in bed.names:
         bed.run(name, "sed", "-i", f"s/^{old} /{new} /", "/etc/hosts")
 

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import shutil
 import stat
@@ -77,14 +78,23 @@ def test_a_shared_connections_socket_has_a_short_path_in_a_private_folder(tmp_pa
     for where in (short, tmp_path / ("long" * 30)):
         where.mkdir()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(short))
-    assert control_path(limit) == f"{short}/jaxtrain-{os.getuid()}/%C"
+    path = control_path("h", limit)
+    assert path.startswith(f"{short}/jaxtrain-{os.getuid()}/") and path.endswith("%C")
     folder = short / f"jaxtrain-{os.getuid()}"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     folder.chmod(0o755)
     with pytest.raises(HostError, match="mode 700"):
-        control_path(limit)
+        control_path("h", limit)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / ("long" * 30)))
-    assert "long" not in control_path(limit) and control_path(10) == "none"
+    assert "long" not in control_path("h", limit) and control_path("h", 10) == "none"
+
+
+def test_two_names_of_one_address_share_no_connection(tmp_path, monkeypatch):
+    """Or the second host's key would not be checked if its name led to the first one."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    client = SshClient([HOST])
+    command = lambda ssh: client.ssh_command(dataclasses.replace(HOST, name="h", ssh=ssh))
+    assert command("a") == command("a") != command("b")
 
 
 def test_env_without_a_value_takes_it_from_the_environment(monkeypatch):
