@@ -14,6 +14,7 @@ from launch_scene import TRAINER
 from launch.host.exit_codes import INTERRUPTED, PREEMPTED, REFUSED, STOPPED
 
 AT_STEPS = (12, 25, 41)
+STOPPED_S, RUNNING_S = 0.020, 0.005  # of a rank that is made slow
 GONE_S = 40.0  # the lease of 30 s plus the time to stop
 
 
@@ -164,6 +165,45 @@ def operator_killed(scene, repetition) -> dict:
     return {"gone_s": round(gone_s), "gone": not scene.living() and gone_s < GONE_S}
 
 
+def straggler(scene, repetition) -> dict:
+    """Makes a rank slow until it is named, in the log, `status` and `summary`; then no longer."""
+    host, run = ("h1", "h2", "h0")[repetition], f"straggler-{repetition}"
+    values = {"steps": 600, "save_every": 300, "measure.straggler_every": 5}
+    values["measure.straggler_cost"] = 1.0  # or the timings would become rarer
+    reference = scene.reference(**values)
+    launched = scene.launch(run, **values)
+    scene.wait_for(launched, run, 100)
+    named_early = "straggler: " in launched.output()
+    [inside] = scene.pids(host, TRAINER)
+    pid, named = scene.bed.outside(host, inside), f"straggler: rank {host[1]} on {host}: a fixed"
+    start = time.monotonic()
+    while named not in launched.output() and launched.process.poll() is None:
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(STOPPED_S)
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(RUNNING_S)
+    named_s = time.monotonic() - start
+    status = scene.run(f"{run}-status", "status", launched.job)
+    status.wait()
+    code, output = launched.wait(), launched.output()
+    summary = scene.run(f"{run}-summary", "summary", launched.job)
+    summary.wait()
+    lines = re.findall("straggler: rank .*", output)
+    return {
+        "named_s": round(named_s, 1),
+        "lines": lines[:3],
+        "nobody before": not named_early,
+        "nobody else": all(f" on {host}: " in line for line in lines),
+        "named": named in output,
+        "ended": f"on {host}: compute is like the other ranks' again" in output,
+        "status": bool(re.search(f"(?m)^ *{host} .*STRAGGLER in compute", status.output())),
+        "summary": bool(re.search(f"stragglers.*{host}", summary.output())),
+        "exit 0": code == 0,
+        "same bits": code == 0 and scene.bits(run) == reference,
+        "nothing left": not scene.left(),
+    }
+
+
 def strike_at_step(scene, repetition, name) -> dict:
     """Runs a row of FAULTS."""
     at_step = AT_STEPS[repetition]
@@ -171,5 +211,6 @@ def strike_at_step(scene, repetition, name) -> dict:
 
 
 CASES = {name: partial(strike_at_step, name=name) for name in FAULTS}
-CASES |= {"full_disk": full_disk, "non_finite": non_finite, "operator": operator_killed}
+CASES |= {"full_disk": full_disk, "non_finite": non_finite}
+CASES |= {"operator": operator_killed, "straggler": straggler}
 CASES |= {f"stop-{p}": partial(stopped, phase=p) for p in ("ship", "compile", "train", "save")}
