@@ -169,8 +169,7 @@ class Bench:
                 result = stored[contest.name] | {"tuning_error": result["error"]}
             elif tune:
                 before = stored.get(contest.name, {}).get("contestants", {})
-                torch = {name: before[name] for name in before if name.startswith("torch")}
-                result["contestants"] = torch | result.get("contestants", {})
+                result["contestants"] = before | result.get("contestants", {})
             stored[contest.name] = result | {"date": self.results["date"]}
             self._show("\n".join(format_results(contest, result, self.results, args.tiny)))
             self._write(contests)

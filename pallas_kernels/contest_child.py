@@ -1,4 +1,4 @@
-"""The child process of bench that runs one contest: compares with float64, then times, then tunes.
+"""The child process of bench that runs one contest: compares with float64, then times, or tunes.
 
     python -m pallas_kernels.contest_child JOB.json RESULT.json
 
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -29,6 +29,9 @@ from pallas_kernels.tiles import OpTiles, body_of, describe_tiles, replace_tiles
 from pallas_kernels.timing import first_line, measure_ceilings, time_calls
 from pallas_kernels.torch_contests import measure_torch
 
+# An implementation that is compiled to compute all inputs' results in one call. It reads several
+# inputs in turn, so that none of them stays in the L2 cache.
+Compiled = Callable[[], list[Any]]
 CLEARLY = 0.99  # a candidate replaces the best tiles if it takes less than this share of their time
 
 
@@ -37,7 +40,9 @@ class ContestJob:
     """The work of one child."""
 
     name: str = ""  # of the contest; "" only measures the device
-    tune_s: float = 0.0  # time for trying the shortlist of tiles
+    # Time for trying the shortlist of tiles. With 0 ours and the others are measured at their
+    # defaults. Otherwise that has been done before, and only ours are measured again.
+    tune_s: float = 0.0
     tiny: bool = False  # interprets the kernels at tiny shapes
 
 
@@ -68,16 +73,6 @@ def bodies(contest: Contest, arch: str, tiny: bool) -> dict[str, OpTiles | None]
     return dict(zip(("triton",) if tiny else ("triton", "mosaic"), tiles, strict=False))
 
 
-class Compiled(NamedTuple):
-    """An implementation compiled for one call, to compare, and for one call per input, to time.
-
-    The timed call reads several inputs in turn, so that none of them stays in the L2 cache.
-    """
-
-    one: Callable[..., Any]
-    every: Callable[[], Any]
-
-
 class ContestRun:
     """One contest on this device: its inputs, their exact results, and what was measured."""
 
@@ -100,11 +95,9 @@ class ContestRun:
         self.save()
 
     def _compile(self, function) -> Compiled | str:
+        every = jax.jit(lambda inputs: [function(*arrays) for arrays in inputs])
         try:
-            one = jax.jit(function).lower(*self.inputs[0]).compile()
-            every = jax.jit(lambda inputs: [function(*arrays) for arrays in inputs])
-            compiled = every.lower(self.inputs).compile()
-            return Compiled(one, functools.partial(compiled, self.inputs))
+            return functools.partial(every.lower(self.inputs).compile(), self.inputs)
         except Exception as error:  # one failure must not stop a comparison
             return first_line(error)
 
@@ -126,10 +119,10 @@ class ContestRun:
         if isinstance(compiled, str):
             return compiled
         try:
-            found = compare(self.contest, compiled.one, self.inputs, self._exact, ours)
+            found = compare(self.contest, compiled, self._exact, ours)
             if ours and found.fault:
                 return f"wrong: {found.fault}"
-            timing = time_calls(compiled.every, samples).divided(len(self.inputs))
+            timing = time_calls(compiled, samples).divided(len(self.inputs))
         except Exception as error:
             return first_line(error)
         return timing._asdict() | {"distances": found.distances, "fault": found.fault}
@@ -177,10 +170,11 @@ def run_contest(job: ContestJob, save: Callable[[dict[str, Any]], None]) -> None
     (contest,) = (c for c in contests_of(job.tiny) if c.name == job.name)
     run, default = ContestRun(contest, save), bodies(contest, arch, job.tiny)
     kernels = {body: contest.kernel(tiles) for body, tiles in default.items()}
-    compiled = run.compile_all(contest.others | kernels)
-    for name in contest.others:
+    others = {} if job.tune_s else contest.others
+    compiled = run.compile_all(others | kernels)
+    for name in others:
         run.record(name, run.measure(compiled[name], ours=False))
-    if not job.tune_s:  # otherwise PyTorch has been measured before
+    if not job.tune_s:
         for name, timing in measure_torch(contest, run.inputs, "cpu" if job.tiny else "cuda"):
             run.record(name, timing if isinstance(timing, str) else timing._asdict())
 

@@ -52,8 +52,7 @@ def _poison(shapes: Sequence[tuple[tuple[int, ...], Any]]) -> None:
 
 def compare(
     contest: Contest,
-    function: Callable[..., Any],
-    inputs: Sequence[Sequence[jax.Array]],
+    function: Callable[[], Any],
     exact: Sequence[Sequence[jax.Array]],
     ours: bool = True,
 ) -> Comparison:
@@ -63,20 +62,19 @@ def compare(
     finite, and a second call on the same input whose bits differ from the first's.
 
     Args:
+        function: returns the results for each of the inputs.
         exact: exact_results of each of the inputs.
         ours: whether it is our kernel. Others may differ in their bits from call to call, and from
             our rounding of float32 results: XLA, for one, leaves out roundings to bfloat16.
     """
     largest = [0.0] * len(contest.tolerances)
-    shapes = [(x.shape, x.dtype) for x in jax.tree.leaves(function(*inputs[0]))]
-    for arrays, want in zip(inputs, exact, strict=True):
-        _poison(shapes)
-        got = jax.block_until_ready(jax.tree.leaves(function(*arrays)))
-        again = jax.tree.leaves(function(*arrays)) if ours else got
-        if ours and not _same_bits(got, again):
-            return Comparison(tuple(largest), "two calls on the same input differ in their bits")
+    _poison([(x.shape, x.dtype) for x in jax.tree.leaves(function())])
+    got = jax.block_until_ready(function())
+    if ours and not _same_bits(jax.tree.leaves(got), jax.tree.leaves(function())):
+        return Comparison(tuple(largest), "two calls on the same input differ in their bits")
+    for results, want in zip(got, exact, strict=True):
         with jax.enable_x64(True):
-            distances = map(float, _distances(got, want))
+            distances = map(float, _distances(jax.tree.leaves(results), want))
         # max() would drop a NaN, depending on its place.
         pairs = zip(largest, distances, strict=True)
         largest = [x if math.isnan(x) else max(most, x) for most, x in pairs]

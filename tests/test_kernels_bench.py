@@ -1,18 +1,16 @@
 """The bench compares each kernel with float64 first, and no kernel can spoil another's row."""
 
-import io
 import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import bench, contest_child, contest_process
+from pallas_kernels import bench, contest_process
 from pallas_kernels.bench_results import as_row
 from pallas_kernels.contests import TINY, build_contests
 from pallas_kernels.correctness import compare, exact_results
@@ -35,6 +33,11 @@ def norm_case():
     return contest, arrays, exact_results(contest, arrays)
 
 
+def check(contest, function, arrays, exact, ours=True):
+    """Compares a function's results for one input."""
+    return compare(contest, lambda: [function(*arrays)], [exact], ours)
+
+
 @pytest.mark.parametrize("name", CONTESTS)
 def test_every_implementation_is_near_float64(name):
     contest = CONTESTS[name]
@@ -42,10 +45,10 @@ def test_every_implementation_is_near_float64(name):
     exact = exact_results(contest, arrays)
     assert all(x.dtype == jnp.float64 for x in exact)
     kernel = jax.jit(contest.kernel(default_tiles(contest.op, "sm_86")))
-    found = compare(contest, kernel, [arrays], [exact])
+    found = check(contest, kernel, arrays, exact)
     assert not found.fault and len(found.distances) == len(contest.tolerances)
     for other in contest.others.values():
-        assert not compare(contest, jax.jit(other), [arrays], [exact], ours=False).fault
+        assert not check(contest, jax.jit(other), arrays, exact, ours=False).fault
 
 
 def spoil(contest, change):
@@ -72,8 +75,8 @@ def test_a_wrong_kernel_has_a_fault(name, norm_case):
     change, reason = WRONG[name]
     with jax.enable_x64(True):
         right = jax.jit(spoil(contest, lambda xs: xs))
-        assert not compare(contest, right, [arrays], [exact]).fault
-        found = compare(contest, jax.jit(spoil(contest, change)), [arrays], [exact])
+        assert not check(contest, right, arrays, exact).fault
+        found = check(contest, jax.jit(spoil(contest, change)), arrays, exact)
     assert reason in found.fault
 
 
@@ -86,8 +89,8 @@ def test_a_kernel_whose_bits_change_from_call_to_call_has_a_fault(norm_case):
         results = [x.astype(jnp.float32) for x in exact]
         return [results[0] * (1 + 1e-6 * (len(calls) % 2)), *results[1:]]
 
-    assert "differ in their bits" in compare(contest, moving, [arrays], [exact]).fault
-    assert not compare(contest, moving, [arrays], [exact], ours=False).fault
+    assert "differ in their bits" in check(contest, moving, arrays, exact).fault
+    assert not check(contest, moving, arrays, exact, ours=False).fault
 
 
 @pytest.mark.parametrize("name", [name for name in CONTESTS if "forward" not in name])
@@ -155,33 +158,8 @@ def test_a_kernel_that_hangs_crashes_or_is_wrong_costs_only_its_own_row(
     assert again == contests and "us (" not in capsys.readouterr().out  # nothing ran again
 
 
-class ChildInThisProcess:
-    """Runs contest_child in this process, which has imported JAX and PyTorch already."""
-
-    def __init__(self, argv):
-        self._argv = argv[len(contest_process.COMMAND) - 1 :]
-
-    def send_line(self):
-        pass
-
-    def wait(self, limit_s):
-        with mock.patch("sys.stdin", io.StringIO("go\n")):
-            contest_child.main(self._argv)
-        return 0
-
-    def kill(self):
-        pass
-
-
 @pytest.mark.long
-def test_the_interpreted_bench_compares_and_times_a_contest(tmp_path, capsys, monkeypatch):
-    start = contest_process.ChildProcess
-
-    def start_device_only(argv, output, env):  # the contest runs in this process
-        has_contest = json.loads(Path(argv[-2]).read_text())["name"]
-        return ChildInThisProcess(argv) if has_contest else start(argv, output, env)
-
-    monkeypatch.setattr(contest_process, "ChildProcess", start_device_only)
+def test_the_interpreted_bench_compares_and_times_a_contest(tmp_path, capsys):
     out = tmp_path / "results.json"
     bench.main(["--tiny", "--minutes=2", "--only", "square", f"--out={out}"])
     results = json.loads(out.read_text())
