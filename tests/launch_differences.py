@@ -15,7 +15,7 @@ import sysconfig
 from launch_faults import AT_STEPS, run_with_fault
 from launch_scene import TRAINER
 
-from launch.host.exit_codes import REFUSED, UNREACHABLE
+from launch.host.exit_codes import REFUSED
 
 PYTHON_PATH = "import importlib.metadata as m; print(m.distribution('{}')._path / 'METADATA')"
 TEXT, OFFSET = "/root/text.txt", "/etc/clock_offset"
@@ -193,28 +193,20 @@ def name_of_another_at_start(scene) -> dict:
 
 
 def host_with_new_address(scene) -> dict:
-    """Moves h1: the job must name it and end; with a corrected inventory it must finish."""
-    bed, run, reference = scene.bed, "moved-host", scene.reference()
+    """Moves h1, and its name with it: the job must name it and restart."""
+    bed = scene.bed
     old, new = bed.address["h1"], f"{bed.net}.101"
-    launched = scene.launch(run, "--wait_s=20")
-    scene.wait_for(launched, run, AT_STEPS[0])
-    move(bed, old, new)
-    try:
-        with name_leads_to(scene, new):
-            bed.address["h1"] = new
+    with contextlib.ExitStack() as stack:
+
+        def strike(scene):
+            move(bed, old, new)
+            stack.callback(move, bed, new, old)
             start = ["/usr/sbin/sshd", "-f", bed.folder / "sshd_config.h1"]
             bed.run("h1", *start, "-o", f"ListenAddress={new}")
-            result = refused(scene, launched, "ROOT CAUSE h1", "unreachable", UNREACHABLE)
-            hosts = bed.inventory(scene.folder / "moved.toml")
-            again = scene.launch(f"{run}-again", hosts=hosts, workdir=f"/mnt/shared/{run}")
-            result |= {"exit 0 again": again.wait() == 0}
-            return result | {
-                "same bits": scene.bits(run) == reference,
-                "nothing left": not scene.left(),
-            }
-    finally:
-        bed.address["h1"] = old
-        move(bed, new, old)
+            stack.enter_context(name_leads_to(scene, new))
+
+        cause = "h1: no longer has its address"
+        return run_with_fault(scene, "moved-host", AT_STEPS[0], strike, cause, 60)
 
 
 def move(bed, old, new):

@@ -109,6 +109,26 @@ def test_the_stuck_rank_is_the_one_with_the_fewest_beats():
     assert "h1 rank 1" in scenario.causes()[0] and "stuck" in scenario.causes()[0]
 
 
+def test_a_host_that_has_moved_is_the_cause_only_if_something_else_is_wrong():
+    scenario = Scenario(stall_s=20)
+    scenario.extra[1] = {"has_address": False}
+    assert scenario.advance(4)["do"] == "run" and not scenario.causes()
+    for host in range(3):
+        scenario.ranks[host] = {"age_s": 21.0}
+    scenario.advance(4)
+    assert scenario.causes() == ["ROOT CAUSE h1: no longer has its address of the inventory"]
+
+
+@pytest.mark.parametrize("moved, cause", [(0, "h0: no longer has"), (1, "h2: unreachable")])
+def test_a_first_host_that_has_moved_explains_why_the_others_are_silent(moved, cause):
+    scenario = Scenario(lost_s=12)
+    scenario.advance(2)
+    scenario.extra[moved] = {"has_address": False}
+    scenario.silent = {2} if moved else {1, 2}
+    scenario.advance(15)
+    assert scenario.causes()[0].startswith(f"ROOT CAUSE {cause}")
+
+
 @pytest.mark.parametrize(("step_s", "stuck"), [(0.1, True), (30.0, False)])
 def test_a_rank_is_stuck_only_if_it_takes_much_longer_than_its_usual_step(step_s, stuck):
     scenario = Scenario(stall_s=20)

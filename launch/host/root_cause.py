@@ -17,6 +17,7 @@ ABORTED = 128 + signal.SIGABRT  # how JAX ends a process when its cluster is bro
 SURE = 5  # causes up to this order need no further evidence
 ADVICE = {  # what the operator can do, by kind of cause
     "lost": "Check that host's power and network.",
+    "moved": "Correct its address in the inventory. If it is the first host, start the job again.",
     "silent": "Look for a `kill -STOP`, a debugger, a disk that does not answer, or a lack of CPU "
     "or memory on that host.",
     "supervisor": "If nobody killed it, look for the out-of-memory killer in that host's `dmesg`.",
@@ -91,7 +92,19 @@ def find_cause(
         for rank in report["ranks"]:
             if silent_s.get(host, 0.0) <= lost_s:
                 causes += _failures_of_rank(host, rank, report, names[host], stopped_s)
+    if causes:
+        causes += _moved_hosts(reports, names)
     return min(causes, key=lambda cause: (cause.order, cause.step or 0), default=None)
+
+
+def _moved_hosts(reports, names) -> Iterator[Cause]:
+    """Yields hosts without the address at which others reach them; alone that ends no job."""
+    for host, report in reports.items():
+        if not report.get("has_address", True):
+            # The first host is the one that all others connect to.
+            headline = f"{names[host]}: no longer has its address of the inventory"
+            order = -1.0 if host == 0 else 4.8
+            yield Cause(order, "moved", host, None, None, headline, UNREACHABLE)
 
 
 def _lost_hosts(silent_s, lost_s, names, up) -> Iterator[Cause]:

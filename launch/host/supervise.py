@@ -14,6 +14,7 @@ from launch.host import processes
 from launch.host.channel import FollowerChannel, LeaderChannel, endpoint, free_port
 from launch.host.exit_codes import LOST_LEADER
 from launch.host.files import read_json, write_json
+from launch.host.interfaces import interface_of
 from launch.host.log import SEGMENTS, Log, own_lines
 from launch.host.ranks import MARGIN_S, LocalRanks
 from launch.host.restart_policy import JobController, Policy
@@ -111,10 +112,18 @@ class Supervisor:
             "oom_kills": oom_kills() - self._oom_kills,
             "orphaned": self._fate,
             "paused_s": self._paused_s,
+            "has_address": self._has_address(),
             "lease_age_s": self._lease_age_s(now),
             "stop": self._stop_reason(),
             "knows": self._target["outcome"] is not None,
         }
+
+    def _has_address(self) -> bool:
+        """Returns whether this host has the address that it has in the inventory."""
+        try:
+            return bool(interface_of(self.job["hosts"][self.me]["address"]))
+        except OSError:  # not known
+            return True
 
     def _lease_age_s(self, now: float) -> float:
         """Returns the seconds since an attached operator was last seen to renew the lease.
