@@ -32,6 +32,8 @@ OPTIONS = {
     "ServerAliveCountMax": "3",
     "ConnectTimeout": "15",
     "ForwardX11": "no",
+    "RemoteCommand": "none",  # with one, such as tmux, ssh refuses to run our command
+    "RequestTTY": "no",  # a terminal would change the bytes of an answer
 }
 # ControlMaster: the first connection to a host stays open for 5 minutes, and later requests reuse
 # it. That saves a handshake of several round trips each.

@@ -94,12 +94,42 @@ def test_a_host_that_does_not_answer_is_explained_with_its_own_words(host, comma
             "agent did not sign .*ssh-add -l",
         ),
         ("kex_exchange_identification: Connection closed by remote host", "sshd closed"),
+        (
+            "Received disconnect from h0 port 22:2: Too many authentication failures\n"
+            "Disconnected from h0 port 22",
+            "too many keys.*IdentitiesOnly yes.*IdentityFile",
+        ),
     ],
 )
 def test_each_kind_of_failure_has_its_own_remedy(errors, message):
     host = Host("a", "10.0.0.1", ssh="u@h0")
     text = explain(host, 255, b"", errors.encode())
     assert re.search(message, text) and text.startswith("a: ") and "ended with 255" in text
+
+
+BANNER = b"Idle sessions are timed out.\n" + 20 * b"Authorised users only.\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "errors", "message"),
+    [
+        (127, b"curl: (7) Connection refused\n", b"exec: python3: not found", "no program python3"),
+        (127, b"", b"curl: (7) Connection refused\nUnknown command", "no program python3"),
+        (1, b"", b"curl: command not found\npython3: Command not found.\n", "no program python3"),
+        (1, b"", b"curl: command not found\nKilled\n", "gave no answer"),
+        (255, b"curl: (7) Connection refused\n", b"Broken pipe", "connection broke"),
+        (255, b"", BANNER + b"u@a: Permission denied (publickey).", "accepts no key"),
+    ],
+)
+def test_the_cause_is_what_ssh_or_the_shell_reports_not_what_a_script_or_a_banner_says(
+    code, output, errors, message
+):
+    assert message in explain(Host("a", "10.0.0.1"), code, output, errors)
+
+
+def test_the_last_line_of_a_host_with_a_long_banner_is_quoted():
+    text = explain(Host("a", "10.0.0.1"), 255, b"", BANNER + b"an unknown reason\n")
+    assert 'Authorised users only. an unknown reason". Check' in text and len(text) < 600
 
 
 def test_a_host_that_closes_its_output_and_goes_on_is_not_waited_for(host, monkeypatch):

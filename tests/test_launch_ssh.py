@@ -19,18 +19,23 @@ HOST = Host("a", "10.0.0.1", user="u", port=2200, interface="eth1")
 
 
 @pytest.mark.skipif(shutil.which("ssh") is None, reason="needs ssh")
-def test_the_users_configuration_cannot_disable_host_keys_or_open_a_port(tmp_path):
+def test_the_users_configuration_cannot_disable_host_keys_open_a_port_or_run_another_command(
+    tmp_path,
+):
     config = tmp_path / "config"
     config.write_text(
         "Host *\n  StrictHostKeyChecking no\n  ForwardAgent yes\n  BatchMode no\n"
         "  LocalForward 8080 localhost:80\n  ForwardX11 yes\n"
+        "  RemoteCommand tmux\n  RequestTTY force\n"
     )
     command = [*SshClient([HOST], str(config)).ssh_command(HOST), "-G", "--", HOST.target]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     options = dict(line.partition(" ")[::2] for line in printed.splitlines())
     wanted = {"stricthostkeychecking": "true", "forwardagent": "no", "batchmode": "yes"}
     wanted |= {"forwardx11": "no", "clearallforwardings": "yes", "user": "u", "port": "2200"}
+    wanted |= {"requesttty": "false"}
     assert {name: options[name] for name in wanted} == wanted
+    assert options.get("remotecommand", "none") == "none"
 
 
 @pytest.mark.skipif(shutil.which("ssh") is None, reason="needs ssh")
