@@ -78,7 +78,7 @@ class Supervisor:
             self.followers = LeaderChannel(address, port, token)
             state = self.write_log, self.ranks.attempt, now, self._alert
             self.controller = JobController(self.policy, self.names, new_coordinator, *state)
-            self.controller.acknowledged_s = self.followers.acknowledged_s
+            self.controller.kernel_state = self.followers.kernel_state
         else:
             self.leader = FollowerChannel(address, port, token)
         if fate or self.ranks.attempt:
