@@ -10,14 +10,13 @@ from typing import IO, Any
 
 from launch.answers import COUNT, Range, mismatch
 from launch.host.files import read_json, write_json
-from launch.host.log import LIMIT_MIB, TAIL_BYTES
+from launch.host.log import LIMIT_MIB, READ_BYTES, TAIL_BYTES
 
 try:
     import fcntl
 except ImportError:  # Windows has no file locks of this kind: use one terminal per job there
     fcntl = None
 
-READ_BYTES = 1 << 20  # the most that a host sends at once
 OUTCOME = {"code": Range(int, -(1 << 31), 1 << 31), "why": str, "attempts?": COUNT}
 
 
@@ -36,7 +35,8 @@ def read_header(line: bytes) -> dict[str, Any]:
         raise problem
     is_data = all(type(frame.get(k)) is int for k in ("at", "bytes"))
     is_data = is_data and frame["at"] >= 0 and 0 < frame["bytes"] <= READ_BYTES
-    is_status = all(type(frame.get(k)) is bool for k in ("alive", "known"))
+    is_data = is_data and "status" not in frame
+    is_status = "bytes" not in frame and all(type(frame.get(k)) is bool for k in ("alive", "known"))
     is_status = is_status and is_valid_status(frame.get("status"))
     if not ("error" in frame or is_data or is_status):
         raise problem
