@@ -45,7 +45,8 @@ def _lineage(folder: Path) -> dict:
     except (OSError, ValueError):
         return {}
     lineage = config.get("lineage") if isinstance(config, dict) else None
-    return lineage if isinstance(lineage, dict) and "parent" in lineage else {}
+    known = isinstance(lineage, dict) and isinstance(lineage.get("parent"), str)
+    return lineage if known else {}
 
 
 def _parent(folder: Path, lineage: dict) -> Path | None:
