@@ -172,14 +172,17 @@ def _send_to_all(client: SshClient, request: dict[str, Any], done: str) -> None:
     """Sends a request to every host. One answer is enough: that host informs the first one.
 
     Raises:
-        HostError: no host answered.
+        HostError: no host answered without an error.
     """
     answers = client.map(lambda host: client.call(host, request, 30))
     errors = errors_in(answers)
     for error in errors:
         note(error)
+    for host, answer in answers.items():
+        if isinstance(answer, dict) and answer.get("left"):
+            note(f"{host.name}: pids {answer['left']} hang in the kernel: nothing can kill them")
     if len(errors) == len(answers):
-        raise HostError(f"no host answered: the job was not {done}. Try again.")
+        raise HostError(f"no host confirmed that the job was {done}. Try again.")
 
 
 def refuse_while_alive(job: Job) -> None:

@@ -66,7 +66,7 @@ class Running:
 def start(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
     started = []
-    with quick_hosts(ranks={"MARGIN_S": 0.5}, requests={"NOW_S": 0.5}):
+    with quick_hosts(ranks={"MARGIN_S": 0.5}, stopping={"NOW_S": 0.5}):
         yield lambda **policy: started.append(Running(tmp_path, **policy)) or started[-1]
     for running in started:
         request = operate.stop_request(running.job, "the test is over", kill=True)
