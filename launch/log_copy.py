@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from launch.host.files import read_json, write_json
-from launch.host.log import LIMIT_MIB, TAIL_BYTES
+from launch.host.log import LIMIT_MIB, READ_BYTES, TAIL_BYTES
 
 try:
     import fcntl
 except ImportError:  # Windows has no file locks of this kind: use one terminal per job there
     fcntl = None
-
-READ_BYTES = 1 << 20  # the most that a host sends at once
 
 
 def read_header(line: bytes) -> dict[str, Any]:
@@ -34,7 +32,8 @@ def read_header(line: bytes) -> dict[str, Any]:
         raise problem
     is_data = all(type(frame.get(k)) is int for k in ("at", "bytes"))
     is_data = is_data and frame["at"] >= 0 and 0 < frame["bytes"] <= READ_BYTES
-    is_status = all(type(frame.get(k)) is bool for k in ("alive", "known"))
+    is_data = is_data and "status" not in frame
+    is_status = "bytes" not in frame and all(type(frame.get(k)) is bool for k in ("alive", "known"))
     is_status = is_status and is_valid_status(frame.get("status"))
     if not ("error" in frame or is_data or is_status):
         raise problem

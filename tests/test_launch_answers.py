@@ -10,6 +10,7 @@ from local_client import LocalClient
 
 from launch.host.facts import gather_facts
 from launch.inventory import Host
+from launch.network import NetworkAgents
 from launch.preflight import format_findings, preflight
 from launch.prepare import build_environments
 from launch.ssh import HostError, SshClient
@@ -23,6 +24,7 @@ print(sys.argv[1], flush=True)
 sys.stdin.read()
 """
 CLOCK = 3 * [{"time": 1.5}]
+SENT = {"rtt_s": [0.1], "seconds": 1.0, "bytes": 9, "bytes_per_s": 9.0, "wire_bytes": [9, 9]}
 
 
 class Puppet(LocalClient):
@@ -113,6 +115,8 @@ def test_a_clock_that_is_no_time_is_refused(facts, clock):
         {"rtt_s": [-1.0]},
         {"rtt_s": [0.1], "bytes_per_s": "fast"},
         {"rtt_s": [0.1], "bytes_per_s": float("inf")},
+        {"rtt_s": [0.0]},
+        SENT | {"mtu": 52},
         {},
     ],
 )
@@ -121,6 +125,21 @@ def test_a_measurement_that_is_no_number_is_refused(healthy, measured):
     findings = preflight(Puppet(HOSTS, answers), 23_456)
     pairs = {(f.host, f.check) for f in findings if f.aborts and "must" in f.problem}
     assert pairs >= {("a", "to b"), ("b", "to a")}, findings
+
+
+def test_a_measurement_without_traffic_is_refused_where_traffic_was_ordered():
+    with NetworkAgents(Puppet(HOSTS, [{"listens_on": 9}, {"rtt_s": [0.1]}])) as agents:
+        pairs = agents.measure(streams=1, seconds=0.1)
+    assert all("its answer.seconds must be" in pair["error"] for pair in pairs)
+
+
+def test_a_host_cannot_measure_in_the_name_of_another_pair():
+    forged = {"from": "x\nlaunch: y", "to": "b", "streams": 9, "both": True, "header_share": 1}
+    with NetworkAgents(Puppet(HOSTS, [{"listens_on": 9}, SENT | forged])) as agents:
+        pairs = agents.measure(streams=1, seconds=0.1)
+    assert [(pair["from"], pair["to"]) for pair in pairs] == [("a", "b"), ("b", "a")]
+    assert all(pair["streams"] == 1 and "header_share" not in pair for pair in pairs)
+    assert all(pair["mtu"] is None for pair in pairs)  # a host need not know it
 
 
 @pytest.mark.parametrize(

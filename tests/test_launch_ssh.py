@@ -19,7 +19,9 @@ HOST = Host("a", "10.0.0.1", user="u", port=2200, interface="eth1")
 
 
 @pytest.mark.skipif(shutil.which("ssh") is None, reason="needs ssh")
-def test_the_users_configuration_cannot_disable_host_keys_open_a_port_or_run_another_command(tmp_path):
+def test_the_users_configuration_cannot_disable_host_keys_open_a_port_or_run_another_command(
+    tmp_path,
+):
     config = tmp_path / "config"
     config.write_text(
         "Host *\n  StrictHostKeyChecking no\n  ForwardAgent yes\n  BatchMode no\n"

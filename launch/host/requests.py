@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import json
 import os
-import select
 import shutil
 import sys
 import threading
@@ -21,9 +20,8 @@ from launch.host.facts import gather_facts
 from launch.host.files import read_json, write_json
 from launch.host.keeper import has_supervisor, is_running, start_detached
 from launch.host.run_files import WORKDIR, read_changes, run_directory
+from launch.host.stream import stream_log
 
-STATUS_S = 2.0  # between the status frames of a stream
-LEASE_S = 15.0  # a stream ends if its operator sends nothing for this long
 JOBS_KEPT = 50  # a host stores this many folders of ended jobs
 
 
@@ -139,36 +137,9 @@ def detach(request: Request) -> dict:
 
 
 def follow(request: Request) -> None:
-    """Streams the log from `offset` on: frames {"at": offset, "bytes": n}, then those n bytes.
-
-    It begins earlier if `tail` does not match the log before the offset, see log.resume. Frames
-    without bytes carry the status. Each line from the operator renews the job's lease. The stream
-    ends with the job, with the connection, or when the operator has sent nothing for LEASE_S.
-    """
+    """Streams the job's log, see launch.host.stream."""
     folder = job_folder(request)
-    offset = log.resume(folder / "log", request["offset"], request["tail"])
-    status_at, heard_at = 0.0, time.monotonic()
-    while True:
-        start, data = log.read(folder / "log", offset)
-        if data:
-            send_frame({"at": start, "bytes": len(data)}, data)
-            offset = start + len(data)
-        now, alive = time.monotonic(), has_supervisor(folder)
-        stored = read_json(folder / "status.json")
-        if now - status_at > STATUS_S or not alive:
-            status_at = now
-            known = (folder / "job.json").exists()
-            send_frame({"status": stored, "alive": alive, "known": known})
-        if not data and not alive and log.size(folder / "log") <= offset:
-            return
-        if select.select([0], [], [], 0.0 if data else 0.1)[0]:
-            if not os.read(0, 4096):
-                return
-            heard_at = now
-            with contextlib.suppress(FileNotFoundError):  # a detached job has no lease
-                os.utime(folder / "lease")
-        if now - heard_at > LEASE_S:
-            return
+    stream_log(folder, request, lambda: has_supervisor(folder), send_frame)
 
 
 def send_frame(header: dict, data: bytes = b"") -> None:
