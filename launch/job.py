@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from launch.inventory import Host, Inventory
 
 PYTHON = "{python}"  # in argv: stands for each host's interpreter
 TRAINER = "jaxtrain.train"  # the program whose flags name data and which writes a heartbeat
+JOB_ID = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # of new_id() or of a site, ID.SITE
 PORTS = range(20_000, 30_000)  # below the ports that Linux gives to outgoing connections
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from launch.answers import COUNT, Range, mismatch
 from launch.host.files import read_json, write_json
 from launch.host.log import LIMIT_MIB, READ_BYTES, TAIL_BYTES
 
@@ -15,6 +16,8 @@ try:
     import fcntl
 except ImportError:  # Windows has no file locks of this kind: use one terminal per job there
     fcntl = None
+
+OUTCOME = {"code": Range(int, -(1 << 31), 1 << 31), "why": str, "attempts?": COUNT}
 
 
 def read_header(line: bytes) -> dict[str, Any]:
@@ -42,14 +45,7 @@ def read_header(line: bytes) -> dict[str, Any]:
 
 def is_valid_status(status: Any) -> bool:
     """Returns whether a host's status is an object whose outcome, if it has one, can be used."""
-    if not isinstance(status, dict):
-        return False
-    outcome = status.get("outcome")
-    return outcome is None or (
-        isinstance(outcome, dict)
-        and type(outcome.get("code")) is int
-        and isinstance(outcome.get("why"), str)
-    )
+    return not mismatch(status, {"outcome?": (None, OUTCOME)}, "status")
 
 
 _PLACE = ("here", "there")

@@ -7,12 +7,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from launch.answers import COUNT, Range, mismatch
 from launch.follow import JobMonitor
 from launch.host.exit_codes import PREEMPTED, STOPPED
 from launch.host.restart_policy import NOW
 from launch.inventory import Host
 from launch.job import Job, jobs_folder, name_of, read_jobs
-from launch.log_copy import is_valid_status
+from launch.log_copy import OUTCOME
 from launch.ssh import HostError, SshClient, errors_in
 from launch.terminal import indented, note, show
 
@@ -20,6 +21,21 @@ STOPPED_AS_ASKED = (PREEMPTED, STOPPED)  # exit statuses: with a save, without o
 GONE_S = 30.0  # time for the last processes to end
 OLD_S = 6.0  # a status is written every 2 s; an older one is shown with its age
 SILENT_S = 15.0  # a supervisor whose status is older hangs, or cannot write
+STATUS = {"outcome?": (None, OUTCOME), "processes": [COUNT], "alive?": bool}
+RANK = {
+    "rank": COUNT,
+    "step": (COUNT, None),
+    "phase": str,
+    "ratios?": {str: Range(float, -1e9, 1e9)},
+    "slow?": [str],
+}
+SHOWN = {  # what `status` prints; only that command refuses another
+    "error?": str,
+    "stopped?": bool,
+    "age_s?": Range(float, -1e9, 1e9),  # negative if the host's clock was set back
+    "attempt?": COUNT,
+    "report?": {"ranks?": [RANK]},
+}
 
 
 def connect(job: Job) -> SshClient:
@@ -108,8 +124,8 @@ def statuses(client: SshClient, job: Job, timeout_s: float = 20.0) -> dict[Host,
 
     def ask(host: Host) -> dict[str, Any]:
         answer = client.call(host, request, timeout_s)
-        if not is_valid_status(answer) or not isinstance(answer.get("processes"), list):
-            raise HostError(f"{host.name}: the host sent a status that has no meaning")
+        if problem := mismatch(answer, STATUS, "its answer"):
+            raise HostError(f"{host.name}: the host sent a status that has no meaning: {problem}")
         return answer
 
     return client.map(ask)
@@ -212,17 +228,16 @@ def _print_status(job: Job, as_json: bool) -> None:
     for host, answer in statuses(connect(job), job).items():
         answer: dict[str, Any] = {"error": str(answer)} if isinstance(answer, HostError) else answer
         if as_json:
-            show(json.dumps({"host": host.name} | answer))
+            show(json.dumps(answer | {"host": host.name}))  # never in another host's name
             continue
-        try:
-            text = _describe(answer)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            text = "the host sent a status that has no meaning"
+        problem = mismatch(answer, SHOWN, "its answer")
+        text = f"the host sent a status that has no meaning: {problem}" if problem else ""
+        text = text or _describe(answer)
         show(f"{host.name:12} {indented(text)}")
 
 
 def _describe(answer: dict[str, Any]) -> str:
-    """Returns a host's status as text; raises any error of a lookup if a host sent nonsense."""
+    """Returns a status of the shape SHOWN as text."""
     ranks = answer.get("report", {}).get("ranks", [])
     steps = ", ".join(map(_describe_rank, ranks))
     why = (answer.get("outcome") or {}).get("why")
@@ -241,7 +256,7 @@ def _describe(answer: dict[str, Any]) -> str:
 def _describe_rank(rank: dict[str, Any]) -> str:
     """Returns `rank 1 step 40 train`, with how slow the rank is against the others if known."""
     text = f"rank {rank['rank']} step {rank['step']} {rank['phase']}"
-    ratios = [f"{kind} {float(ratio):.2f}x" for kind, ratio in rank.get("ratios", {}).items()]
+    ratios = [f"{kind} {ratio:.2f}x" for kind, ratio in rank.get("ratios", {}).items()]
     slow = [f"STRAGGLER in {kind}" for kind in rank.get("slow", [])]
     notes = "; ".join([*slow, *([" ".join(ratios)] if ratios else [])])
     return f"{text} ({notes})" if notes else text
