@@ -1,6 +1,5 @@
 """Answers one request of the operator: reads standard input, writes to standard output."""
 
-import contextlib
 import fcntl
 import json
 import os
