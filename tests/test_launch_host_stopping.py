@@ -10,7 +10,7 @@ import pytest
 from local_client import LocalClient, begin_job
 from small_disk import small_disk
 
-from launch import operate
+from launch import stop
 from launch.host import processes, stopping
 from launch.host.exit_codes import STOPPED
 from launch.host.files import read_json, write_json
@@ -128,7 +128,7 @@ def test_a_stop_that_every_host_refuses_is_not_called_a_silence(tmp_path, monkey
         def call(self, host, request, timeout_s=60.0):
             raise HostError(f"{host.name}: OSError: No space left on device")
 
-    monkeypatch.setattr(operate, "connect", lambda job: Full(job.hosts))
+    monkeypatch.setattr(stop, "connect", lambda job: Full(job.hosts))
     with pytest.raises(HostError, match="no host confirmed that the job was stopped"):
-        operate.stop([job], now=True)
+        stop.stop([job], now=True)
     assert "a: OSError: No space left" in capsys.readouterr().err
