@@ -13,6 +13,7 @@ from launch.host.files import read_json, write_json
 from launch.host.interfaces import interface_variables
 from launch.host.restart_policy import Policy
 from launch.inventory import Host, Inventory
+from launch.log_copy import locked
 
 PYTHON = "{python}"  # in argv: stands for each host's interpreter
 TRAINER = "jaxtrain.train"  # the program whose flags name data and which writes a heartbeat
@@ -96,9 +97,15 @@ class Job:
         return Inventory(self.hosts, ranks)
 
     def change(self, **values: Any) -> None:
-        """Changes the record, in memory and on disk."""
-        self.record |= values
-        write_json(self.folder / "job.json", self.record)
+        """Changes the record, in memory and on disk, and keeps what other terminals changed."""
+        path = self.folder / "job.json"
+        with open(self.folder / "job.lock", "ab") as file, locked(file):
+            self.record |= read_json(path) | values
+            write_json(path, self.record)
+
+    def stop_reason(self) -> str:
+        """Returns why the operator stopped the job, also from another terminal; "" if not."""
+        return read_json(self.folder / "job.json").get("stopped", "")
 
     def log(self, host: Host) -> Path:
         return self.folder / f"{host.name}.log"

@@ -109,7 +109,7 @@ class LogCopy:
             gap_line: written before them if they do not continue the copy.
             replaced: from `offset` on, the host's bytes differ from those of the copy.
         """
-        with open(self.path, "ab") as file, _locked(file):
+        with open(self.path, "ab") as file, locked(file):
             anchor, size = self._read_anchor(), file.seek(0, os.SEEK_END)
             end = anchor["there"] + size - anchor["here"]
             # If this differs, another terminal has written the gap line.
@@ -131,7 +131,7 @@ class LogCopy:
 
 
 @contextlib.contextmanager
-def _locked(file: IO[bytes]) -> Iterator[None]:
+def locked(file: IO[bytes]) -> Iterator[None]:
     """Locks a file against other processes; flushes what was written before it unlocks."""
     if fcntl:
         fcntl.flock(file, fcntl.LOCK_EX)  # the kernel releases it if this process dies

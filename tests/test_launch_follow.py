@@ -16,6 +16,7 @@ from launch.host.restart_policy import Policy
 from launch.inventory import Host
 from launch.job import PYTHON, Job
 from launch.ssh import HostError
+from launch.stop import stop_request
 
 pytestmark = pytest.mark.usefixtures("quick")
 ENDED = {"outcome": {"code": 0, "why": "done", "attempts": 1}}
@@ -145,7 +146,7 @@ def test_a_job_that_was_killed_at_its_start_cannot_be_started_again(job):
     job.record["argv"] = ["sleep", "60"]
     assert start(job) == {"started": True}
     assert start(job) == {"started": False}
-    stop = operate.stop_request(job, "not all hosts started", kill=True)
+    stop = stop_request(job, "not all hosts started", kill=True)
     assert client.call(host, stop) == {"known": True, "left": []}
     assert start(job) == {"started": False}
     assert follow(job)["why"] == "not all hosts started" and not processes.marked(job.id)
@@ -166,11 +167,11 @@ def test_a_host_refuses_a_second_job_that_writes_to_the_same_run_directory(job, 
         start_in(str(tmp_path / "link" / "runs" / "a"))
     second, answer = start_in("runs/b")
     assert answer == {"started": True}
-    client.call(host, operate.stop_request(first, "", kill=True))
+    client.call(host, stop_request(first, "", kill=True))
     third, answer = start_in("runs/a")
     assert answer == {"started": True}
     for running in (second, third):
-        client.call(host, operate.stop_request(running, "", kill=True))
+        client.call(host, stop_request(running, "", kill=True))
 
 
 def test_a_program_whose_exit_status_is_that_of_a_failed_worker_runs_once(job, capsys):

@@ -285,7 +285,8 @@ def test_a_copy_that_fetches_only_new_bytes_equals_the_original(tmp_path):
             for name, part in answer["files"].items():
                 data = base64.b64decode(part["base64"])
                 write_at(copy / name, part["at"], data)
-                have[name], sent = [part["inode"], part["at"] + len(data)], sent + len(data)
+                sent += len(data)
+                have[name] = [part["inode"], part["at"] + len(data), part["tail"]]
         for name in ("config.json", "summary.json", "metrics.jsonl"):
             assert (copy / name).read_bytes() == (run / name).read_bytes()
     rest = sum((run / name).stat().st_size for name in ("config.json", "summary.json"))

@@ -1,6 +1,5 @@
 """Answers one request of the operator: reads standard input, writes to standard output."""
 
-import contextlib
 import fcntl
 import json
 import os
@@ -12,19 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch.host import log, processes
+from launch.host import log, processes, stopping
 from launch.host.agent import serve_orders
 from launch.host.code import Request, land, receive, root_of
 from launch.host.environment import build_environment, summarize_data
-from launch.host.exit_codes import STOPPED
 from launch.host.facts import gather_facts
 from launch.host.files import read_json, write_json
-from launch.host.keeper import KEEPER, start_detached
-from launch.host.restart_policy import NOW
+from launch.host.keeper import has_supervisor, is_running, start_detached
 from launch.host.run_files import WORKDIR, read_changes, run_directory
 from launch.host.stream import stream_log
 
-NOW_S = 5.0  # for the supervisor to obey `stop --now`
 JOBS_KEPT = 50  # a host stores this many folders of ended jobs
 
 
@@ -100,26 +96,6 @@ def prune(jobs: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def is_running(folder: Path) -> bool:
-    """Returns whether the worker that wrote the status is alive: same boot, pid and start time."""
-    status = read_json(folder / "status.json")
-    if status.get("boot") != processes.boot_id():
-        return False
-    stat = processes.read_stat(status["pid"])
-    return stat is not None and stat.started == status["started"] and stat.state not in "ZX"
-
-
-def has_supervisor(folder: Path) -> bool:
-    """Returns whether the job has a supervisor; its worker may just be restarting."""
-    missing = (FileNotFoundError, NotADirectoryError)  # the latter: a stray file among the jobs
-    with contextlib.suppress(*missing), open(folder / KEEPER) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return is_running(folder)
-
-
 def status(request: Request) -> dict[str, Any]:
     """Returns the stored status, whether the job has a supervisor, and its living processes.
 
@@ -142,41 +118,15 @@ def status(request: Request) -> dict[str, Any]:
     }
 
 
-def _ends_within(limit_s: float, job_id: str) -> bool:
-    deadline = time.monotonic() + limit_s
-    while processes.marked(job_id):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
-
-
 def stop(request: Request) -> dict[str, Any]:
-    """Asks the supervisor to stop the job.
-
-    With `kill`, or if there is no supervisor, kills the job's processes on this host. It also does
-    so if the job shall stop at once and the supervisor does not see to it within NOW_S.
-    """
+    """Stops a job on this host, see launch.host.stopping."""
     folder = job_folder(request)
     if not folder.exists():
         return {"known": False, "left": []}
-    if has_supervisor(folder) and not request.get("kill"):
-        (folder / "stop").write_text(request["why"])
-        if request["why"] != NOW or _ends_within(NOW_S, request["job"]):
-            return {"known": True, "left": []}
-    workers = [read_json(folder / "status.json")["pid"]] if is_running(folder) else []
-    keepers = [stat.parent for pid in workers if (stat := processes.read_stat(pid))]
-
-    def living():  # the keeper and its worker first, or they would restart the rest
-        supervisor = [pid for pid in keepers + workers if processes.is_alive(pid)]
-        return supervisor or processes.marked(request["job"])
-
-    left = processes.kill_all(living)
-    stored = read_json(folder / "status.json")
-    if not stored.get("outcome"):  # without one, a later request could start the job
-        outcome = {"code": STOPPED, "why": request["why"]}
-        write_json(folder / "status.json", stored | {"outcome": outcome})
-    return {"known": True, "left": left}
+    return {
+        "known": True,
+        "left": stopping.stop(folder, request["why"], request.get("kill", False)),
+    }
 
 
 def detach(request: Request) -> dict:

@@ -45,8 +45,9 @@ def _lineage(folder: Path) -> dict:
     except (OSError, ValueError):
         return {}
     lineage = config.get("lineage") if isinstance(config, dict) else None
-    known = isinstance(lineage, dict) and isinstance(lineage.get("parent"), str)
-    return lineage if known else {}
+    if not isinstance(lineage, dict) or not isinstance(lineage.get("parent"), str):
+        return {}
+    return lineage
 
 
 def _parent(folder: Path, lineage: dict) -> Path | None:

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from launch.answers import Range, mismatch
 from launch.report.json_files import parse_numbers, read_json, read_json_lines
@@ -94,6 +94,6 @@ def read_records(path: Path) -> list[dict]:
     return records
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     """Returns whether a record's value is a number that figures can be computed from."""
     return type(value) in (int, float) and abs(value) <= LARGEST
