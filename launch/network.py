@@ -22,13 +22,14 @@ ANSWER_S = 90.0
 Pair = dict[str, Any]  # what was measured from one host to another
 Place = tuple[Host, str, int]  # a host, and an address and port at which it listens
 FIRST = {"listens_on": (Range(int, 1, 65_535), None)}
-MEASURED = {
-    "rtt_s": [SECONDS, 1],
-    "seconds?": SECONDS,
-    "bytes?": COUNT,
-    "bytes_per_s?": Range(float, 0, 1e15),
-    "mtu?": (COUNT, None),
-    "wire_bytes?": [COUNT, 2],
+RTTS = [Range(float, 1e-9, 1e9), 1]  # s; divides a buffer's size
+MEASURED = {"rtt_s": RTTS}
+TRAFFIC = MEASURED | {  # if traffic was sent
+    "seconds": SECONDS,
+    "bytes": COUNT,
+    "bytes_per_s": Range(float, 0, 1e15),
+    "mtu": (Range(int, 68, 1 << 20), None),  # at least IPv4's; RFC 791
+    "wire_bytes": [COUNT, 2],
 }
 
 
@@ -179,9 +180,11 @@ class NetworkAgents:
             for i, j in round_pairs:
                 names = {"from": self.hosts[i].name, "to": self.hosts[j].name}
                 answer = self._read_answer(self.hosts[i], seconds)
-                if "error" not in answer and (why := mismatch(answer, MEASURED, "its answer")):
-                    answer = {"error": why}
-                pairs.append(names | {"streams": streams, "both": both} | answer)
+                must_send = seconds > 0 and not least_trips
+                shape = TRAFFIC if must_send or "bytes_per_s" in answer else MEASURED
+                error = answer.get("error") or mismatch(answer, shape, "its answer")
+                figures = {"error": error} if error else {key: answer.get(key) for key in shape}
+                pairs.append(names | {"streams": streams, "both": both} | figures)
         return pairs
 
     def stream_limit_bytes_per_s(self, pair: Pair) -> float:

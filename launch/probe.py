@@ -15,6 +15,8 @@ inventories give; `jaxtrain plan --network` reads the file.
 
 import argparse
 import json
+import os
+import re
 import secrets
 import sys
 import time
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import run
+from launch.answers import COUNT, SECONDS, Range, mismatch
 from launch.arguments import Parser, bounded
 from launch.host.files import write_json
 from launch.inventory import Host, read_inventory
@@ -38,6 +41,18 @@ STREAMS = (1, 4, 8)
 SHARE = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}  # busbw/algbw/((n-1)/n)
 LARGEST_MIB = 1 << 16
 PERCENTILES = (1, 50, 90, 99, 100)
+POSITIVE = Range(float, 1e-12, 1e18)
+ROW = {  # what launch.collectives prints
+    "collective": re.compile("|".join(SHARE)),
+    **dict.fromkeys(("bytes", "processes", "devices"), COUNT),
+    "seconds": POSITIVE,
+    "spread_s": [SECONDS, 2],
+    "algbw_bytes_per_s": POSITIVE,
+    **dict.fromkeys(
+        ("busbw_bytes_per_s", "wire_sent_bytes", "ideal_sent_bytes"), Range(float, 0, 1e18)
+    ),
+    "interface": str,
+}
 ETHERNET_BYTES = 14  # header of a frame
 TCP_BYTES = 52  # headers of IPv4 and of TCP with timestamps, which count towards the MTU
 
@@ -137,8 +152,27 @@ def measure_collectives(args: argparse.Namespace) -> list[dict[str, Any]]:
     log = job.log(job.hosts[0])
     if code:
         raise HostError(f"the collectives ended with {code}: see {log}.")
-    lines = log.read_text().splitlines()
-    return [json.loads(line) for line in lines if line.startswith('{"collective"')]
+    rows = read_rows(log.read_text(errors="replace"))
+    wanted = len(args.cases.split(",")) if args.cases else len(SHARE) * len(args.mib.split(","))
+    if len(rows) != wanted:
+        raise HostError(
+            f"{log} must have a valid line for each of {wanted} collectives; it has {len(rows)}."
+        )
+    return rows
+
+
+def read_rows(log: str) -> list[dict[str, Any]]:
+    """Returns what launch.collectives printed. Where a host has several ranks, "[0] " precedes."""
+    found = re.findall(r'^(?:\[\d+\] )?(\{"collective".*)', log, re.MULTILINE)
+    rows = []
+    for line in found:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if not mismatch(row, ROW, "row"):
+            rows.append({key: row[key] for key in ROW})
+    return rows
 
 
 def measure_hosts(args: argparse.Namespace) -> dict[str, Any]:
@@ -217,15 +251,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main() -> int:
     """Runs the command; returns its exit status."""
     args = parse(None)
+    out = Path(args.out)
     try:
+        if out.is_dir() or not os.access(out.parent, os.W_OK):
+            raise ValueError(f"--out must be a file in a writable folder; got {out}.")
         measure = measure_sites if args.sites else measure_hosts
         result = {"time": time.time()} | measure(args)
-        write_json(Path(args.out), result)
-    except (ValueError, HostError) as error:
+        show(format_result(result))
+        write_json(out, result)
+    except (ValueError, HostError, OSError) as error:  # OSError: such as a full disk here
         warn(f"error: {error}")
         return 1
-    show(format_result(result))
-    note(f"wrote {args.out}")
+    note(f"wrote {out}")
     return 0
 
 

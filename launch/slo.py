@@ -12,16 +12,18 @@ runs from the spread between blocks of steps, which misses differences between r
 needs --provisional, and each check says so. Every figure has a floor, a tolerance of 1 to 5 % that
 runs of equal speed cannot narrow. `check` exits with 0 if all figures are within their
 bounds, with 1 if one is not, and with 2 if the run is not comparable with the baseline because the
-config, the chip, the number of hosts or the versions differ. If JAXTRAIN_NOTIFY_URL is set, a
-breach is also sent to this webhook.
+config, the chip, the number of hosts or the versions differ. It exits with 3 if no bound is broken
+but some could not be judged, because the run has too few steps for a percentile. If
+JAXTRAIN_NOTIFY_URL is set, a breach is also sent to this webhook.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from launch.arguments import Parser, bounded, positive
 from launch.host.files import write_text
@@ -30,23 +32,20 @@ from launch.pull import fetch, find_sources
 from launch.report.baseline import (
     FIGURES,
     KEYS,
-    LOOSE,
-    NOT_ENFORCED,
+    NOT_JUDGED,
     VERSION,
-    Figure,
     check,
     record,
     refusals,
 )
-from launch.report.power import describe_power
 from launch.report.price import price, read_prices, read_span
 from launch.report.run_folder import RunFolder, read_run
+from launch.report.slo_tables import bound_text, show_check, show_price, show_record
 from launch.ssh import HostError
 from launch.terminal import show, warn
 
 CONFIDENCE = 0.99
-BREACH, REFUSED = 1, 2  # exit statuses
-UNENFORCED = "recorded but not enforced"
+BREACH, REFUSED, UNJUDGED = 1, 2, 3  # exit statuses
 
 
 def read_baseline(path: Path | str) -> dict:
@@ -82,76 +81,18 @@ def _is_baseline(found: dict) -> bool:
             and all(is_number(e["value"]) for _, e in entries)
             and all(e["bound"] is None or is_number(e["bound"]) for _, e in entries)
             and all(e["bound"] != 0 for _, e in entries)
+            and _is_power(found.get("power"), is_number)
         )
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, OSError):
         return False
 
 
-def show_record(baseline: dict, path: Path) -> str:
-    """Formats a baseline as a table."""
-    lines = [f"{'figure':20} {'baseline':>14} {'bound':>16} {'tolerance':>10}  derived from"]
-    for name, entry in baseline["figures"].items():
-        figure, bound = FIGURES[name], entry["bound"]
-        cells = [figure.form(entry["value"]), "-", "-"]
-        note = f"{UNENFORCED}: {entry['how']}"
-        if bound is not None:
-            tolerance = abs(bound / entry["value"] - 1)
-            cells[1:] = [_bound(figure, bound), f"{tolerance:.1%}"]
-            loose = "; LOOSE: longer or more runs tighten it" if tolerance > LOOSE else ""
-            note = entry["how"] + loose
-        lines.append(f"{figure.words:20} {cells[0]:>14} {cells[1]:>16} {cells[2]:>10}  {note}")
-    words = f"{baseline['confidence']:.0%} prediction bound for one more run, by Student's t"
-    lines += [f"tolerance: {words} on logarithms", *describe_power(baseline["power"])]
-    return "\n".join([*lines, f"baseline {path}"])
-
-
-def _bound(figure: Figure, bound: float) -> str:
-    return f"{'>=' if figure.sign > 0 else '<='} {figure.form(bound)}"
-
-
-def show_check(rows: list[dict], run: RunFolder, baseline: dict, path: str) -> str:
-    """Formats the rows of `check` as a table, with the verdict in the last line."""
-    day = time.strftime("%Y-%m-%d", time.gmtime(baseline["recorded"]))
-    lines = [
-        f"{run.name} against {path}, recorded {day} from {', '.join(baseline['runs'])}",
-        f"{'figure':20} {'baseline':>14} {'bound':>16} {'run':>14} {'margin':>9}",
-    ]
-    for row in rows:
-        figure = FIGURES[row["figure"]]
-        cells = [figure.form(row["baseline"]), "-", "-", "-"]
-        if row["bound"] is not None:
-            cells[1] = _bound(figure, row["bound"])
-        if row["run"] is not None:
-            cells[2] = figure.form(row["run"])
-        if row["margin"] is not None:
-            cells[3] = f"{row['margin']:+.1%}"
-        words = "  BREACH" if row["state"] == "BREACH" else ""
-        words = f"  {UNENFORCED}: {row['how']}" if row["state"] == NOT_ENFORCED else words
-        words += " (not measured)" if row["run"] is None else ""
-        lines.append(
-            f"{figure.words:20} {cells[0]:>14} {cells[1]:>16} {cells[2]:>14} {cells[3]:>9}{words}"
-        )
-    if baseline.get("provisional"):
-        lines.append("provisional: recorded from one run, so a breach may be the usual difference")
-    broken = [FIGURES[row["figure"]].words for row in rows if row["state"] == "BREACH"]
-    lines.append(f"BREACH: {', '.join(broken)}" if broken else "all bounds are met")
-    return "\n".join(lines)
-
-
-def show_price(found: dict) -> str:
-    """Formats the cost, the capacity and their assumptions."""
-    money = found["currency"]
-    lines = [
-        f"{found['cost_per_1e9_tokens']:,.2f} {money} per 1e9 tokens",
-        f"{found['tokens_per_month']:.4g} tokens a month, "
-        f"{found['tokens_per_month_per_gpu']:.4g} per GPU",
-    ]
-    if "gpus" in found:
-        lines.append(
-            f"{found['tokens']:.4g} tokens in {found['deadline_s'] / 86_400:g} days: "
-            f"{found['gpus']} GPUs, {found['cost']:,.2f} {money}"
-        )
-    return "\n".join([*lines, "assumptions:", *(f"  {a}" for a in found["assumptions"])])
+def _is_power(power: Any, is_number: Callable[[Any], bool]) -> bool:
+    """Returns whether the part that a check prints of what it can see has its types."""
+    if not power:  # no figure of the step times has a bound
+        return True
+    caught = power["least_caught"]
+    return is_number(power["false_alarms"]) and (caught is None or is_number(caught))
 
 
 def do_record(args: argparse.Namespace) -> int:
@@ -184,7 +125,8 @@ def do_check(args: argparse.Namespace) -> int:
         raise ValueError(f"--across must name some of {', '.join(KEYS)}; got {unknown[0]!r}.")
     baseline, url = read_baseline(args.against), read_url(DEFAULT, VARIABLE)
     runs = [read_run(fetch(source)) for source in find_sources(args.run)]
-    return max(check_run(run, baseline, across, args, url) for run in runs)
+    codes = [check_run(run, baseline, across, args, url) for run in runs]
+    return BREACH if BREACH in codes else max(codes)
 
 
 def check_run(
@@ -206,7 +148,9 @@ def check_run(
     if broken and url:
         alert_breach(url, run, broken, args.against)
     show(json.dumps(rows) if args.json else show_check(rows, run, baseline, args.against))
-    return BREACH if broken else 0
+    if broken:
+        return BREACH
+    return UNJUDGED if NOT_JUDGED in [row["state"] for row in rows] else 0
 
 
 def alert_breach(url: str, run: RunFolder, broken: Sequence[dict], against: str) -> None:
@@ -214,7 +158,8 @@ def alert_breach(url: str, run: RunFolder, broken: Sequence[dict], against: str)
     texts = []
     for row in broken:
         figure = FIGURES[row["figure"]]
-        bound, value = _bound(figure, row["bound"]), figure.form(row["run"])
+        value = "not measured" if row["run"] is None else figure.form(row["run"])
+        bound = bound_text(figure, row["bound"])
         texts.append(f"{figure.words} {value}, must be {bound}")
     webhook = Webhook(url, run.name, warn)
     webhook.send("breach", f"SLO breach against {against}: {'; '.join(texts)}")

@@ -100,12 +100,13 @@ def run_cases(scene: SitesScene, names: list[str], rates: list[int], times: int)
     failed = 0
 
     @functools.cache
-    def reference() -> list:
+    def reference(repetition: int) -> list:
         """Returns the bits of a run without a fault."""
         scene.set_link(sites_faults.MBIT)
-        launched = scene.launch("reference", **sites_faults.RUN)
+        run = f"reference-{repetition}"
+        launched = scene.launch(run, **sites_faults.RUN | sites_faults.HOW[repetition])
         assert launched.wait(sites_faults.LIMIT_S) == 0, launched.output()[-3000:]
-        return sites_faults.bits_of(scene, "reference")
+        return sites_faults.bits_of(scene, run)
 
     @functools.cache
     def alone_s() -> float:

@@ -135,12 +135,19 @@ class SitesScene:
         return [pid for pid, line in self.bed.processes(host).items() if part in line]
 
     def kill_trainer(self, host: str) -> None:
-        for pid in self.pids(host, TRAINER):
+        pids = self.pids(host, TRAINER)
+        assert pids, f"no trainer runs on {host}"
+        for pid in pids:
             self.bed.run(host, "kill", "-KILL", pid)
 
     def sent_bytes(self) -> int:
         """Returns what the link has carried from the first site to the second."""
         return self.bed.traffic()["h0 > h1"]["bytes"]
+
+    def lost_packets(self) -> int:
+        """Returns how many packets between the first two hosts were lost because of a cut."""
+        traffic = self.bed.traffic()
+        return traffic["h0 > h1"]["lost"] + traffic["h1 > h0"]["lost"]
 
     def job(self, launched: Launched) -> str:
         match = re.search(r"job (\S+): stands for", launched.output())

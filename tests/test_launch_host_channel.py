@@ -1,6 +1,7 @@
 """Checks the signed messages between supervisors on real sockets."""
 
-import math
+import contextlib
+import random
 import socket
 import struct
 import threading
@@ -8,7 +9,11 @@ import time
 
 import pytest
 
+from launch.host import channel
 from launch.host.channel import (
+    CLOSED,
+    RUNNING,
+    UNKNOWN,
     UP,
     Channel,
     FollowerChannel,
@@ -54,8 +59,8 @@ def connect():
         return channels[-1]
 
     yield lambda: make(LeaderChannel), lambda: make(FollowerChannel)
-    for channel in channels:
-        channel.close()
+    for each in channels:
+        each.close()
 
 
 def talk(leader, follower, report, target):
@@ -106,17 +111,129 @@ def test_a_connection_reset_before_the_greeting_does_not_affect_others(connect):
     assert talk(leader, follower, {"host": 1}, {"do": "run"})[0] == {"host": 1}
 
 
+def wait_until(leader, condition):
+    """Lets the leader take reports until a condition holds."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        leader.receive_reports()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_leader_knows_that_a_hosts_kernel_is_up_while_its_supervisor_is_silent(connect):
     leader, follower = (new() for new in connect)
-    assert leader.acknowledged_s(1) == math.inf
+    assert leader.kernel_state(1, 0.5) == UNKNOWN
     talk(leader, follower, {"host": 1}, {"do": "run"})
     for _ in range(20):  # the follower neither reads nor answers, as a stopped process
         leader.send_target({"do": "run"})
         time.sleep(0.05)
-    assert leader.acknowledged_s(1) < 0.5
-    follower.close()
-    deadline = time.monotonic() + 5
-    while leader.acknowledged_s(1) < math.inf and time.monotonic() < deadline:
+    assert leader.kernel_state(1, 0.5) == RUNNING
+
+
+def test_a_leader_knows_that_a_supervisor_has_ended_until_a_new_one_reports(connect):
+    leader, follower = (new() for new in connect)
+    talk(leader, follower, {"host": 1}, {"do": "run"})
+    follower.close()  # as the kernel does when the process ends
+    wait_until(leader, lambda: leader.kernel_state(1, 0.5) == CLOSED)
+    talk(leader, connect[1](), {"host": 1}, {"do": "kill"})
+    assert leader.kernel_state(1, 5.0) == RUNNING
+
+
+def test_a_follower_that_hears_nothing_does_not_look_like_one_that_has_ended(connect):
+    leader, follower = (new() for new in connect)
+    talk(leader, follower, {"host": 1}, {"do": "run"})
+    follower._silent_s, channel_then = 0.05, follower._channel
+    while follower._channel is channel_then:  # until it gives this connection up
+        follower.exchange({"host": 1})
+        time.sleep(0.02)
+    for _ in range(5):
         leader.receive_reports()
         time.sleep(0.01)
-    assert leader.acknowledged_s(1) == math.inf
+    assert leader.kernel_state(1, 0.0) == UNKNOWN
+    following = threading.Thread(target=lambda: follower.exchange({"host": 1}))
+    follower._try_at = 0.0
+    following.start()
+    wait_until(leader, lambda: not following.is_alive() and len(leader._host_of) == 1)
+    wait_until(leader, lambda: [*leader._host_of.values()] == [1])
+    assert leader.kernel_state(1, 0.0) == UNKNOWN
+
+
+CLIENT_HELLO = b"\x16\x03\x01\x00\xa5\x01\x00\x00\xa1\x03\x03" + bytes(range(160)) + b"\n"
+NOISE = {
+    "not text": b"\xff\n",
+    "TLS": CLIENT_HELLO,
+    "HTTP": b"GET / HTTP/1.1\r\n\r\n",
+    "random": random.Random(0).randbytes(1 << 16),
+    "a long line": b"x" * (2 << 20),
+    "a long line that is not text": b"\xff" * (2 << 20) + b"\n",
+    "many lines": b"\n" * (2 << 20),
+}
+
+
+@pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
+def test_a_stranger_without_the_token_is_disconnected_and_does_not_affect_others(connect, noise):
+    leader, follower = (new() for new in connect)
+    with socket.create_connection(leader._server.getsockname()) as stranger:
+
+        def send():
+            with contextlib.suppress(OSError):  # disconnected
+                stranger.sendall(noise)
+
+        sending = threading.Thread(target=send)
+        sending.start()
+        wait_until(leader, lambda: not sending.is_alive() and not leader._host_of)
+        sending.join()
+        assert talk(leader, follower, {"host": 1}, {"do": "run"})[0] == {"host": 1}
+
+
+class Endless:
+    """A socket from which there is always more to read, as from one who sends fast enough."""
+
+    def setblocking(self, flag):
+        self.received = 0
+
+    def recv(self, size):
+        self.received += size
+        assert self.received < 16 << 20, "read without a limit"
+        return b"x" * size
+
+
+def test_an_endless_stream_is_cut_off_before_it_fills_memory():
+    with pytest.raises(InvalidMessage, match="over 1 MiB"):
+        Channel(Endless(), TOKEN, "n").receive(UP)
+
+
+def test_silent_and_dripping_strangers_are_disconnected(connect, monkeypatch):
+    monkeypatch.setattr(channel, "STRANGER_S", 0.2)
+    monkeypatch.setattr(channel, "STRANGERS", 4)
+    leader, follower = (new() for new in connect)
+    address = leader._server.getsockname()
+    with contextlib.ExitStack() as stack:
+        strangers = [stack.enter_context(socket.create_connection(address)) for _ in range(20)]
+        for _ in range(10):
+            leader.receive_reports()
+            assert len(leader._host_of) <= 4
+        assert talk(leader, follower, {"host": 1}, {"do": "run"})[0] == {"host": 1}
+        drip = lambda: strangers[-1].send(b"x")
+        wait_until(leader, lambda: drip() and [*leader._host_of.values()] == [1])
+
+
+@pytest.mark.parametrize("noise", [b"\xff" * 40, CLIENT_HELLO, b"SSH-2.0-x\r\n" * 9, b"0", b""])
+def test_a_follower_gives_up_on_a_port_that_another_service_has(noise, monkeypatch):
+    monkeypatch.setattr(channel, "CONNECT_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        follower = FollowerChannel(*server.getsockname(), TOKEN)
+        exchanged = []
+        exchanging = threading.Thread(
+            target=lambda: exchanged.append(follower.exchange({"host": 1})), daemon=True
+        )
+        exchanging.start()
+        with server.accept()[0] as sock:
+            deadline = time.monotonic() + 5
+            with contextlib.suppress(OSError):
+                sock.sendall(noise)
+                while exchanging.is_alive() and time.monotonic() < deadline and noise == b"0":
+                    sock.sendall(noise)  # a byte at a time, each of which could be a nonce's
+                    time.sleep(0.1)
+            exchanging.join(5)
+        assert exchanged == [None] and follower._channel is None

@@ -1,9 +1,8 @@
 """Checks the restart policy (reports in, targets out) with a simulated clock and no processes."""
 
-import math
-
 import pytest
 
+from launch.host.channel import CLOSED, RUNNING, UNKNOWN
 from launch.host.exit_codes import KILLED, PREEMPTED, REFUSED, STOPPED
 from launch.host.restart_policy import JobController, Policy
 
@@ -183,7 +182,7 @@ def test_if_all_ranks_report_the_same_error_the_cause_is_the_process_that_it_nam
 
 
 def test_a_stop_saves_if_there_is_something_to_save_and_kills_otherwise():
-    for step, do in ((5, "term"), (0, "kill")):
+    for step, do in ((5, "term"), (0, "end")):
         scenario = Scenario()
         scenario.step = step
         scenario.advance(2)
@@ -274,9 +273,9 @@ def test_a_stop_without_a_save_overrides_one_with_a_save_but_not_vice_versa():
     scenario.extra[0] = {"stop": "the operator asked"}
     assert scenario.advance(2)["do"] == "term"
     scenario.extra[1] = {"stop": "now"}
-    assert scenario.advance(1)["do"] == "kill"
-    scenario.extra[1] = {}
-    assert scenario.advance(1)["do"] == "kill"
+    assert scenario.advance(1)["do"] == "end"
+    scenario.ranks[0] = {"code": KILLED}  # as all others are soon
+    assert scenario.advance(3)["outcome"]["code"] == STOPPED and not scenario.causes()
 
 
 def test_a_cause_includes_the_decisive_lines_and_advice():
@@ -321,20 +320,20 @@ def test_a_short_stop_by_a_signal_is_waited_for_and_a_long_one_is_the_cause(froz
 
 
 @pytest.mark.parametrize(
-    ("acknowledged_s", "headline"),
+    ("state", "headline", "advice"),
     [
-        ({1: 0.2, 2: 0.1}, "h2: its supervisor is silent for 12 s; the host is up"),
-        ({1: 0.2, 2: 12.5}, "h2: unreachable for 12 s (power, network or sleep)"),
-        ({1: 0.2}, "h2: unreachable for 12 s (power, network or sleep)"),
+        (RUNNING, "its supervisor is silent for 12 s; the host is up", "`kill -STOP`"),
+        (CLOSED, "its supervisor ended and is not back after 12 s (killed, or the host", "reboot"),
+        (UNKNOWN, "unreachable for 12 s (power, network or sleep)", "power and network"),
     ],
 )
-def test_a_silent_supervisor_is_not_called_an_unreachable_host(acknowledged_s, headline):
+def test_a_silent_or_ended_supervisor_is_not_called_an_unreachable_host(state, headline, advice):
     scenario = Scenario(lost_s=12.0)
     scenario.advance(2)
     scenario.silent = {2}
     asked = set()  # the kernel is asked only about a silent host
-    scenario.controller.acknowledged_s = lambda host: (
-        asked.add(host) or acknowledged_s.get(host, math.inf)
-    )
+    scenario.controller.kernel_state = lambda host, silent_s: asked.add((host, silent_s)) or state
     scenario.advance(20)
-    assert scenario.causes()[0] == f"ROOT CAUSE {headline}" and asked == {2}
+    cause = next(text for text in scenario.log if text.startswith("ROOT CAUSE"))
+    assert cause.startswith(f"ROOT CAUSE h2: {headline}") and advice in cause
+    assert asked == {(2, 6.0)}

@@ -158,6 +158,27 @@ def test_a_percentile_is_enforced_only_with_enough_steps_beyond_it(tmp_path):
         assert rows["step_p50_s"]["state"] == "ok"
 
 
+def test_bounds_that_a_short_run_cannot_be_judged_by_are_named_and_change_the_exit_status(
+    tmp_path, capsys
+):
+    long = write_run(tmp_path / "long", series(1200))
+    short = write_run(tmp_path / "short", series(100))
+    slow = write_run(tmp_path / "slow", slowed(series(100), 1.5))
+    out = f"{tmp_path}/base.json"
+    assert run("record", long, "--provisional", f"--out={out}", capsys=capsys)[0] == 0
+    code, text = run("check", short, f"--against={out}", capsys=capsys)
+    *rows, power, last = text.splitlines()
+    assert (code, last) == (3, "5 of 7 bounds are met; not judged: step p95, step p99/p50")
+    [p95] = [row for row in rows if row.startswith("step p95")]
+    assert "not judged: the run has too few steps (6 steps at or above p95" in p95
+    assert "not enforced" not in text and "is reported 9 times of 10" in power
+    code, text = run("check", slow, f"--against={out}", capsys=capsys)
+    assert code == 1 and text.splitlines()[-1].startswith("BREACH: tokens/s, step p50")
+    assert text.endswith("; not judged: step p95, step p99/p50\n")
+    code, text = run("check", long, f"--against={out}", capsys=capsys)
+    assert code == 0 and text.splitlines()[-1] == "all bounds are met"
+
+
 @pytest.mark.parametrize(
     "change, name",
     [
@@ -216,6 +237,15 @@ def test_a_figure_that_the_run_did_not_measure_is_a_breach(tmp_path, recorded, c
     (folder / "metrics.jsonl").write_text(text)
     code, out = run("check", folder, f"--against={recorded}", capsys=capsys)
     assert code == 1 and "BREACH: effective bandwidth" in out and "(not measured)" in out
+
+
+def test_a_breach_of_a_figure_that_was_not_measured_can_be_sent(recorded, monkeypatch, tmp_path):
+    run = read_run(write_run(tmp_path / "again", series(200)))
+    sent = []
+    monkeypatch.setattr(slo.Webhook, "send", lambda self, event, text: sent.append(text))
+    row = {"figure": "effective_bytes_per_s", "bound": 1e9, "run": None}
+    slo.alert_breach("http://127.0.0.1:9/", run, [row], "base.json")
+    assert "effective bandwidth not measured, must be >= " in sent[0]
 
 
 def test_a_baseline_on_an_unknown_chip_has_no_hbm_headroom(tmp_path):

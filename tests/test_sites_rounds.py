@@ -79,6 +79,27 @@ def test_delayed_fragments_hide_the_exchange_and_all_sites_end_with_equal_weight
     assert a.metrics[0]["sites/payload_bytes"] > 0
 
 
+@pytest.mark.parametrize(
+    ("steps", "rounds", "rounds_after_4_more"),
+    [(7, [2, 3, 3], [4, 5, 5]), (6, [2, 3, 2], [4, 5, 3])],
+)
+def test_a_run_may_end_within_a_period_and_be_extended(
+    accelerated, steps, rounds, rounds_after_4_more
+):
+    """Rounds of the three fragments start after steps 4k, 4k + 1 and 4k + 2, and after the last."""
+    values = dict(period=4, fragments=3, delay=2, codec="int4", rate=0.7, momentum=0.6)
+    hub = Hub(2)
+    first = [Site(accelerated, hub, k, steps, **values) for k in range(2)]
+    a, b = train_together(first, before=arrive_in_time, save=(steps,))
+    assert (a.weights() == b.weights()).all()
+    assert [outer.round for outer in a.rounds.outer] == rounds
+    saved = [site.saves[steps] for site in first]
+    longer = [Site(accelerated, hub, k, steps + 4, saved[k], **values) for k in range(2)]
+    a, b = train_together(longer, before=arrive_in_time)
+    assert (a.weights() == b.weights()).all()
+    assert [outer.round for outer in a.rounds.outer] == rounds_after_4_more
+
+
 def test_the_iterate_is_exchanged_and_the_offset_of_the_look_ahead_point_stays(accelerated):
     offsets = {}
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, TypeVar, overload
 
 from ml_collections import ConfigDict
@@ -184,8 +185,6 @@ class TrainConfig(Section):
     def _check_sites(self) -> None:
         """Raises ValueError if several sites could not train together with this config."""
         sites, optim = self.sites, self.optim
-        if self.steps % sites.period:
-            sites.fail("period", f"must divide steps={self.steps}")
         if sites.fragments > sites.period:
             sites.fail("fragments", f"must be at most sites.period={sites.period}")
         if sites.delay >= sites.period:
@@ -288,7 +287,7 @@ def start_hash(config: TrainConfig) -> str:
 def shared_fields(config: TrainConfig) -> dict[str, str]:
     """Returns {field: value} of all that must be equal at all sites of a job."""
     fields = {k: v for k, v in flatten(config).items() if not k.startswith(SITE_FIELDS)}
-    fields["steps / sites.period"] = config.steps // config.sites.period
+    fields["steps / sites.period"] = str(Fraction(config.steps, config.sites.period))
     return {name: json.dumps(value) for name, value in fields.items()}
 
 

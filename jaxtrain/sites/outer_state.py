@@ -60,7 +60,7 @@ def add_outer_state(
     ]
     name = rounds.places.names[rounds.places.site]
     meta = {"site": name, "finished_step": rounds.finished_step, "fragments": fragments}
-    meta["finishes"] = rounds.finishes
+    meta["ends"] = list(rounds.ends)
     return state._asdict() | {NAME: stored}, meta
 
 
@@ -88,7 +88,7 @@ def restore_outer_state(
     rounds.begin(state)
     fragments = meta["fragments"]
     rounds.applied[int(state.step)] = [x["round"] - x["pending"] for x in fragments]
-    rounds.finished_step, rounds.finishes = meta["finished_step"], meta["finishes"]
+    rounds.finished_step, rounds.ends = meta["finished_step"], list(meta["ends"])
     for f, (programs, outer) in enumerate(zip(rounds.places.programs, rounds.outer, strict=True)):
         layout, flatten = programs.layout, programs.flatten
         vectors = {name: layout.to_host(flatten(leaves)) for name, leaves in stored.items()}

@@ -52,7 +52,7 @@ class Rounds:
         self.layouts = [programs.layout for programs in places.programs]
         self.outer: list[Outer] = []
         self.finished_step: int | None = None
-        self.finishes = 0  # how often the run has ended; it may have been extended since
+        self.ends: list[int] = []  # steps at which the run has ended; it may have been extended
         self.applied: dict[int, list[int]] = {}  # step of a checkpoint: newest round by fragment
         self.log = RoundLog()
         self._waited_s, self._generation = 0.0, 0
@@ -140,7 +140,8 @@ class Rounds:
                 settle, donate_argnums=0, out_shardings=self.places.shardings.opt_state
             )
             state = state._replace(opt_state=settled(state.opt_state))
-            self.finished_step, self.finishes = step, self.finishes + 1
+            self.finished_step = step
+            self.ends.append(step)
         return state, step
 
     def _try_to_return(self, way: Return, state: Any, step: int) -> tuple[Any, int]:
@@ -200,8 +201,8 @@ class Rounds:
         """
         steps, period, count = self.places.steps, self.cfg.period, len(self.outer)
         rounds = rounds_until(min(step, steps - 1), period, f, count)
-        # Runs that ended before they were extended had a last round outside of the schedule.
-        extra = self.finishes if f * period // count else 0
+        # Where the run ended before it was extended, it had a round outside of the schedule.
+        extra = sum((end - f * period // count) % period != 0 for end in self.ends)
         is_last = step == steps != self.finished_step
         return rounds + extra + is_last
 

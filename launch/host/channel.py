@@ -19,8 +19,13 @@ from typing import Any
 from launch.host.interfaces import bind_tcp
 
 LINE_BYTES = 1 << 20
-CONNECT_S = 3.0
+NONCE_BYTES = 16
+CONNECT_S = 3.0  # to connect, and for the greeting to arrive
+# Anyone on the training network can connect. Those who have not proved that they have the token are
+# disconnected at this age, and the oldest of them if there are more than this number.
+STRANGER_S, STRANGERS = 10.0, 64
 UP, DOWN = "up", "down"  # directions: to the leader, from the leader
+RUNNING, CLOSED, UNKNOWN = "running", "closed", "unknown"  # see LeaderChannel.kernel_state
 
 
 class InvalidMessage(Exception):
@@ -33,21 +38,23 @@ class Channel:
     def __init__(self, sock: socket.socket, token: str, nonce: str):
         sock.setblocking(False)
         self.sock, self._key, self._nonce = sock, token.encode(), nonce
+        self.opened_at = time.monotonic()
         self._received, self._unsent = b"", b""
         self._sent_count = self._received_count = 0
 
-    def _sign(self, direction: str, number: int, body: str) -> str:
-        text = f"{self._nonce}|{direction}|{number}|{body}".encode()
-        return hmac.new(self._key, text, hashlib.sha256).hexdigest()
+    def _sign(self, direction: str, number: int, body: bytes) -> bytes:
+        text = f"{self._nonce}|{direction}|{number}|".encode() + body
+        return hmac.new(self._key, text, hashlib.sha256).hexdigest().encode()
 
     def send(self, message: dict[str, Any], direction: str) -> None:
         """Sends as much as the socket takes; the rest follows with the next message.
 
         Raises:
-            OSError: the connection is gone, or 1 MiB waits because the other side does not read.
+            ConnectionError: the other side's kernel has closed the connection.
+            OSError: the connection is broken, or 1 MiB waits as the other side does not read.
         """
-        body = json.dumps(message)
-        self._unsent += f"{self._sign(direction, self._sent_count, body)} {body}\n".encode()
+        body = json.dumps(message).encode()
+        self._unsent += self._sign(direction, self._sent_count, body) + b" " + body + b"\n"
         self._sent_count += 1
         if len(self._unsent) > LINE_BYTES:
             raise OSError("the other side does not read")
@@ -57,17 +64,19 @@ class Channel:
             pass
 
     def receive(self, direction: str) -> list[dict[str, Any]]:
-        """Returns the messages that have arrived.
+        """Returns the messages that have arrived, from at most about 1 MiB a call.
 
         Raises:
-            OSError: the connection has ended.
-            InvalidMessage: a line's signature is wrong.
+            ConnectionError: the other side's kernel has closed the connection.
+            OSError: the connection is broken.
+            InvalidMessage: a line is too long, or its signature is wrong.
         """
-        messages = []
         try:
-            while data := self.sock.recv(1 << 16):
+            while len(self._received) <= LINE_BYTES:  # one who sends fast must not fill memory
+                data = self.sock.recv(1 << 16)
+                if not data:
+                    raise ConnectionResetError("closed")
                 self._received += data
-            raise OSError("closed")
         except BlockingIOError:
             pass
         except OSError:
@@ -76,15 +85,16 @@ class Channel:
         *lines, self._received = self._received.split(b"\n")
         if len(self._received) > LINE_BYTES:
             raise InvalidMessage("a line of over 1 MiB")
-        for line in lines:
-            signature, _, body = line.decode(errors="replace").partition(" ")
-            if not hmac.compare_digest(
-                signature, self._sign(direction, self._received_count, body)
-            ):
-                raise InvalidMessage("a message without this job's signature")
-            self._received_count += 1
-            messages.append(json.loads(body))
-        return messages
+        return [self._verify(line, direction) for line in lines]
+
+    def _verify(self, line: bytes, direction: str) -> dict[str, Any]:
+        """Returns a line's message. The line is bytes until its signature is known to be right."""
+        signature, _, body = line.partition(b" ")
+        expected = self._sign(direction, self._received_count, body)
+        if not hmac.compare_digest(signature, expected):
+            raise InvalidMessage("a message without this job's signature")
+        self._received_count += 1
+        return json.loads(body)
 
     def acknowledged_s(self) -> float:
         """Returns the seconds since the other side's kernel last acknowledged something.
@@ -110,6 +120,7 @@ class LeaderChannel:
         self._server.listen(256)
         self._server.setblocking(False)
         self._host_of: dict[Channel, int | None] = {}  # None until its first valid report
+        self._closed: set[int] = set()  # hosts that closed their connection and are not back
 
     def receive_reports(self) -> list[dict[str, Any]]:
         """Returns the reports that have arrived since the last call."""
@@ -119,18 +130,23 @@ class LeaderChannel:
             try:
                 for report in channel.receive(UP):
                     self._host_of[channel] = report["host"]
+                    self._closed.discard(report["host"])
                     reports.append(report)
-            except (OSError, InvalidMessage, ValueError, KeyError):
+            except (OSError, InvalidMessage, ValueError, KeyError) as error:
+                self._drop(channel, error)
+        strangers = [channel for channel, host in self._host_of.items() if host is None]
+        for i, channel in enumerate(reversed(strangers)):  # the newest first
+            if i >= STRANGERS or time.monotonic() - channel.opened_at > STRANGER_S:
                 self._drop(channel)
         return reports
 
     def _accept(self) -> None:
-        while True:
+        for _ in range(STRANGERS):  # others wait in the kernel until the next time
             try:
                 sock, _ = self._server.accept()
             except OSError:  # nothing is waiting, or no file descriptor is free: try next time
                 return
-            nonce = os.urandom(16).hex()
+            nonce = os.urandom(NONCE_BYTES).hex()
             try:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.sendall(f"{nonce}\n".encode())
@@ -145,20 +161,30 @@ class LeaderChannel:
             if host is not None:
                 try:
                     channel.send(target, DOWN)
-                except OSError:
-                    self._drop(channel)
+                except OSError as error:
+                    self._drop(channel, error)
 
-    def acknowledged_s(self, host: int) -> float:
-        """Returns the seconds since a host's kernel acknowledged something; inf if there is none.
+    def kernel_state(self, host: int, silent_s: float) -> str:
+        """Returns what is known of a silent host from its kernel, which answers for its processes.
 
-        A host can have two connections for a moment: one that has broken, and a new one.
+        Returns:
+            RUNNING: it has acknowledged something within silent_s, so the host is up.
+            CLOSED: it has closed the last connection, so the supervisor has ended.
+            UNKNOWN: neither, as after a loss of power or of the network.
         """
+        # A host can have two connections for a moment: one that has broken, and a new one.
         channels = [channel for channel, other in self._host_of.items() if other == host]
-        return min((channel.acknowledged_s() for channel in channels), default=math.inf)
+        if any(channel.acknowledged_s() < silent_s for channel in channels):
+            return RUNNING
+        return CLOSED if host in self._closed else UNKNOWN
 
-    def _drop(self, channel: Channel) -> None:
+    def _drop(self, channel: Channel, error: Exception | None = None) -> None:
+        """Closes a connection, and notes its host if the error is that the host has closed it."""
         channel.close()
-        self._host_of.pop(channel, None)
+        host = self._host_of.pop(channel, None)
+        if host is not None and isinstance(error, ConnectionError):
+            if host not in self._host_of.values():
+                self._closed.add(host)
 
     def close(self) -> None:
         for channel in list(self._host_of):
@@ -172,6 +198,9 @@ class FollowerChannel:
     def __init__(self, address: str, port: int, token: str, silent_s: float = 5.0):
         self._leader, self._token, self._silent_s = (address, port), token, silent_s
         self._channel: Channel | None = None
+        # A silent connection stays open until there is a new one: closing it would tell the leader
+        # that this process has ended, while only one direction of the network may be cut.
+        self._former: Channel | None = None
         self._heard_at = self._try_at = 0.0
 
     def exchange(self, report: dict[str, Any]) -> dict[str, Any] | None:
@@ -179,6 +208,8 @@ class FollowerChannel:
         now = time.monotonic()
         if self._channel is None and now >= self._try_at:
             self._channel = self._connect()
+            if self._channel and self._former:
+                self._former = self._former.close()
         if self._channel is None:
             return None
         targets = []
@@ -191,30 +222,48 @@ class FollowerChannel:
             self.close()
         if targets:
             self._heard_at = now
-        elif now - self._heard_at > self._silent_s:
-            self.close()
+        elif self._channel and now - self._heard_at > self._silent_s:
+            self._former, self._channel = self._channel, None
         return targets[-1] if targets else None
 
     def _connect(self) -> Channel | None:
+        """Returns a new connection; None if the leader does not greet in time."""
         self._try_at = time.monotonic() + 1.0
         try:
             sock = socket.create_connection(self._leader, timeout=CONNECT_S)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            nonce = b""
-            while not nonce.endswith(b"\n"):
-                byte = sock.recv(1)
-                if not byte:
-                    raise OSError("closed")
-                nonce += byte
         except OSError:
             return None
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            nonce = _receive_nonce(sock, time.monotonic() + CONNECT_S)
+        except (OSError, ValueError):  # the latter: another service has the leader's port
+            sock.close()
+            return None
         self._heard_at = time.monotonic()
-        return Channel(sock, self._token, nonce.decode().strip())
+        return Channel(sock, self._token, nonce)
 
     def close(self) -> None:
-        if self._channel:
-            self._channel.close()
-        self._channel = None
+        for channel in (self._channel, self._former):
+            if channel:
+                channel.close()
+        self._channel = self._former = None
+
+
+def _receive_nonce(sock: socket.socket, deadline: float) -> str:
+    """Returns the nonce of a leader's greeting.
+
+    Raises:
+        OSError: it has not arrived by the deadline, of the monotonic clock.
+        ValueError: what arrived is not a greeting.
+    """
+    line = b""
+    while len(line) < 2 * NONCE_BYTES + 1:
+        sock.settimeout(max(deadline - time.monotonic(), 1e-3))
+        data = sock.recv(2 * NONCE_BYTES + 1 - len(line))
+        if not data:
+            raise OSError("closed")
+        line += data
+    return bytes.fromhex(line.decode("ascii")).hex()
 
 
 def endpoint(address: str, port: int) -> str:

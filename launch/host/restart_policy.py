@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from launch.host.channel import UNKNOWN
 from launch.host.exit_codes import PREEMPTED, STOPPED, UNREACHABLE
 from launch.host.log import LIMIT_MIB
 from launch.host.root_cause import SURE, Cause, find_cause
@@ -71,8 +72,8 @@ class JobController:
         self._log, self._alert = log, alert
         self.reports: dict[int, Report] = {}
         self._heard_at = dict.fromkeys(range(len(names)), now)
-        # See LeaderChannel.acknowledged_s, which replaces it.
-        self.acknowledged_s: Callable[[int], float] = lambda host: math.inf
+        # See LeaderChannel.kernel_state, which replaces it.
+        self.kernel_state: Callable[[int, float], str] = lambda host, silent_s: UNKNOWN
         self.attempt, self.restarts = attempt + 1, attempt
         self.state, self._since, self._not_before = "gather", now, now
         self.world: dict[str, Any] = {}
@@ -117,7 +118,7 @@ class JobController:
             self._settle(now)
         do = {"gather": "kill", "settle": "run"}.get(self.state, self.state)
         if self.state == "run" and self._stop:
-            do = "kill" if self._stop == NOW or not self._can_save() else "term"
+            do = "term"
         return {"attempt": self.attempt, "do": do, "world": self.world, "outcome": self.outcome}
 
     def _enter(self, state: str, now: float) -> None:
@@ -185,6 +186,8 @@ class JobController:
             if saved:
                 why = "preempted by a signal that the launcher did not send"
                 return self._restart(now, why, PREEMPTED)
+        if self._stop and (self._stop == NOW or not self._can_save()):
+            return self._end(now, STOPPED, self._stop)  # what the hosts kill then is no failure
         self._watch_stopped(now)
         self._cause = self._find_cause(now)
         if self._cause:
@@ -222,9 +225,9 @@ class JobController:
         }
         silent, policy = self.silent_s(now, hosts), self.policy
         lost = [host for host in hosts if silent[host] > policy.lost_s]
-        up = {host for host in lost if self.acknowledged_s(host) < policy.lost_s / 2}
+        kernels = {host: self.kernel_state(host, policy.lost_s / 2) for host in lost}
         limits = policy.lost_s, policy.stopped_s
-        return find_cause(reports, silent, self.names, *limits, stalls, up)
+        return find_cause(reports, silent, self.names, *limits, stalls, kernels)
 
     def _is_stalled(self, rank: dict, now: float) -> bool:
         if rank["age_s"] is None:  # the program writes no heartbeat
@@ -257,7 +260,7 @@ class JobController:
         if repeated:
             why = f"the same failure at the same step twice: {cause.text}"
             return self._end(now, cause.code, why)
-        is_lost = cause.kind in ("lost", "silent")
+        is_lost = cause.kind in ("lost", "silent", "ended")
         if not cause.retry or (is_lost and self.policy.on_loss == "stop"):
             return self._end(now, cause.code, cause.text)
         self._restart(now, cause.text, cause.code)

@@ -2,9 +2,10 @@
 
 import re
 import signal
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from launch.host.channel import CLOSED, RUNNING, UNKNOWN
 from launch.host.exit_codes import KILLED, PREEMPTED, REFUSED, STOPPED, STUCK, UNREACHABLE
 
 # What a rank prints when another one has gone: gloo, NCCL and JAX's coordination service.
@@ -20,6 +21,8 @@ ADVICE = {  # what the operator can do, by kind of cause
     "moved": "Correct its address in the inventory. If it is the first host, start the job again.",
     "silent": "Look for a `kill -STOP`, a debugger, a disk that does not answer, or a lack of CPU "
     "or memory on that host.",
+    "ended": "See on that host whether it was rebooted (`last -x reboot`). If not, and if nobody "
+    "killed it, look for the out-of-memory killer in `dmesg`. `attach JOB` starts it again.",
     "supervisor": "If nobody killed it, look for the out-of-memory killer in that host's `dmesg`.",
     "stopped": "Look for a debugger or a `kill -STOP` on that host.",
     "memory": "Use less host memory per process, or a host with more.",
@@ -66,7 +69,7 @@ def find_cause(
     lost_s: float,
     stopped_s: float,
     stalls: Mapping[tuple[int, int], float],
-    up: Container[int] = (),
+    kernels: Mapping[int, str],
 ) -> Cause | None:
     """Returns the likeliest cause of what has gone wrong; None if nothing has.
 
@@ -77,9 +80,9 @@ def find_cause(
         lost_s: seconds of silence after which a host counts as lost.
         stopped_s: seconds after which a rank that a signal has stopped is a cause.
         stalls: {(host, rank): seconds without progress}, for ranks that are past their limit.
-        up: hosts whose kernel acknowledges what is sent, whether or not their supervisor answers.
+        kernels: {host: its LeaderChannel.kernel_state}, for the hosts that are lost.
     """
-    causes = [*_lost_hosts(silent_s, lost_s, names, up), *_stuck_rank(reports, stalls, names)]
+    causes = [*_lost_hosts(silent_s, lost_s, names, kernels), *_stuck_rank(reports, stalls, names)]
     for host, report in reports.items():
         if fate := report.get("orphaned"):
             headline = f"{names[host]}: its supervisor {fate}"
@@ -107,13 +110,20 @@ def _moved_hosts(reports, names) -> Iterator[Cause]:
             yield Cause(order, "moved", host, None, None, headline, UNREACHABLE)
 
 
-def _lost_hosts(silent_s, lost_s, names, up) -> Iterator[Cause]:
+def _lost_hosts(silent_s, lost_s, names, kernels) -> Iterator[Cause]:
     for host, seconds in silent_s.items():
         if seconds <= lost_s:
             continue
-        kind, what = "lost", f"unreachable for {seconds:.0f} s (power, network or sleep)"
-        if host in up:
-            kind, what = "silent", f"its supervisor is silent for {seconds:.0f} s; the host is up"
+        kind, what = {
+            UNKNOWN: ("lost", f"unreachable for {seconds:.0f} s (power, network or sleep)"),
+            RUNNING: ("silent", f"its supervisor is silent for {seconds:.0f} s; the host is up"),
+            # A shutdown closes connections, and so does a kernel that has started again.
+            CLOSED: (
+                "ended",
+                f"its supervisor ended and is not back after {seconds:.0f} s (killed, or the host "
+                "was shut down or rebooted)",
+            ),
+        }[kernels[host]]
         yield Cause(0, kind, host, None, None, f"{names[host]}: {what}", UNREACHABLE)
 
 

@@ -15,7 +15,8 @@ VERSION = 1
 BLOCKS, STEPS_PER_BLOCK, LEAST_BLOCKS = 10, 5, 3
 BEYOND = 10  # steps at or above a percentile; with fewer it is not reproducible
 SLACK = 1e-9  # relative; sums in another order round differently
-NOT_ENFORCED = "not held"  # the state in a check's JSON
+# States in a check's JSON: the baseline has no bound; the run has too few steps for its percentile
+NOT_ENFORCED, NOT_JUDGED = "not held", "not judged"
 KEYS = ("config_hash", "device", "devices", "hosts", "processes", "versions")
 LEAST_RUNS = 3  # to use the spread between runs; with two, Student's t is 32 standard deviations
 LEAST_S = 1e-9  # the shortest step time that a clock can have measured
@@ -254,20 +255,21 @@ def check(baseline: dict, run: RunFolder) -> list[dict]:
     """Returns a row per figure: {"figure", "baseline", "bound", "run", "margin", "state"}.
 
     `margin` is how far the run is on the good side of its bound, relative to the bound. `state`
-    is ok, BREACH or NOT_ENFORCED, for which `how` gives the reason. A figure that the run did not
-    measure is a breach.
+    is ok, BREACH, NOT_ENFORCED or NOT_JUDGED; `how` gives the reason of the last two. A figure that
+    the run did not measure is a breach.
     """
     rows = []
     for name, entry in baseline["figures"].items():
         value, bound, sign = measure(run, name), entry["bound"], FIGURES[name].sign
         row = {"figure": name, "baseline": entry["value"], "bound": bound, "run": value}
         row |= {"margin": None, "state": NOT_ENFORCED, "how": entry["how"]}
-        few = too_few(run, name)
-        if few:
-            row["how"] = few
-        elif bound is not None and value is None:
+        if bound is None:
+            pass
+        elif value is None:
             row["state"] = "BREACH"
-        elif bound is not None:
+        elif few := too_few(run, name):
+            row |= {"state": NOT_JUDGED, "how": few}
+        else:
             row["margin"] = sign * (value / bound - 1)
             row["state"] = "ok" if row["margin"] >= -SLACK else "BREACH"
         rows.append(row)

@@ -128,13 +128,18 @@ class Simulation:
         return next(counts, None)
 
 
+def describe_detection(power: Mapping[str, Any]) -> str:
+    """Returns which slow-down a check against a baseline reports, and how often by mistake."""
+    caught, alarms = power["least_caught"], 100 * power["false_alarms"]
+    found = f"a run that is {caught:.0%} slower" if caught else "no run, not even one 200% slower,"
+    return f"{found} is reported 9 times of 10; of 100 equal runs {alarms:.1f} are, by mistake"
+
+
 def describe_power(power: Mapping[str, Any]) -> list[str]:
     """Returns the sentences about a baseline's power, see launch.report.baseline.record."""
     if not power:
         return ["what a check can see is not estimated: no figure of the step times is enforced"]
-    caught, alarms = power["least_caught"], 100 * power["false_alarms"]
-    found = f"a run that is {caught:.0%} slower" if caught else "no run, not even one 200% slower,"
-    lines = [f"{found} is reported 9 times of 10; of 100 equal runs {alarms:.1f} are, by mistake"]
+    lines = [describe_detection(power)]
     if power["between"] is None:
         equal = 100 * power["false_alarms_if_unknown"]
         lines.append(

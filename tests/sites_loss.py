@@ -1,0 +1,228 @@
+"""Measures what an exchange between two sites costs in loss: trains pairs of sites on this machine.
+
+    python tests/sites_loss.py --out=FILE --minutes=60    again with the same FILE: continues
+    python tests/sites_loss.py --out=FILE --report        prints the tables
+
+Every run sees the same number of tokens: one site with the whole batch ("one"), or two sites with
+half of it each, which are two processes of `jaxtrain train` with a core each. "half" is one site
+with half of the batch, so with half of the tokens. Model, optimizer and text are those of Muon in
+configs/study_transferred.py; nothing of the optimizer is tuned again for two sites. The outer rate
+and momentum are chosen first, by six runs on a seed of their own. FILE gets a line for each run
+with its flags and its held-out loss, which must be equal at both sites; lines with other flags than
+today's are ignored.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from sites_scene import free_ports  # noqa: E402
+
+from jaxtrain.sites.layout import VERSION  # noqa: E402
+from jaxtrain.study.statistics import mean_sd, paired_tests  # noqa: E402
+
+STEPS, BATCH = 1500, 32  # 21.2 tokens for each of 289,376 parameters
+FLAGS = {
+    "steps": STEPS,
+    "save_every": STEPS,
+    "keep_last": 1,
+    "log_every": 50,
+    "eval_tokens": 262_144,
+    "sample.tokens": 0,
+    "model.L": 2,
+    "model.D": 96,
+    "model.H": 3,
+    "model.G": 3,
+    "model.K": 32,
+    "model.F": 288,
+    "data.seq_len": 128,
+    "optim.learning_rate": 0.015,
+    "optim.momentum": 0.9,
+    "optim.adam_learning_rate": 0.04,
+    "optim.weight_decay": 0.05,
+    "optim.warmup_steps": 50,
+}
+TUNING_SEED, SEEDS = 11, (1, 2, 3, 4, 5)
+TUNED = [(rate, momentum) for momentum in (0.0, 0.3, 0.6) for rate in (0.7, 1.0)]
+PERIOD = 30
+LIMIT_S = 1_800.0
+# What is measured with the outer rate and momentum that were chosen: {name: flags of sites.*}
+RUNS = {f"period {period}": {"period": period} for period in (10, PERIOD, 100)}
+RUNS |= {
+    f"period {PERIOD}, {codec}": {"period": PERIOD, "codec": codec}
+    for codec in ("bf16", "int8", "int4", "int2")
+}
+RUNS |= {
+    f"period {PERIOD}, 3 fragments": {"period": PERIOD, "fragments": 3},
+    # Without grace, every exchange is used exactly 29 steps later, whichever site is faster.
+    f"period {PERIOD}, delay 29": {"period": PERIOD, "delay": 29, "grace": 0},
+}
+
+
+class Run(NamedTuple):
+    """A run: its name, its seed, and its flags of sites.*, none for one site."""
+
+    name: str
+    seed: int
+    sites: dict[str, Any]
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        half = bool(self.sites) or self.name == "half"
+        flags = FLAGS | {"seed": self.seed, "data.batch": BATCH // 2 if half else BATCH}
+        return flags | {f"sites.{name}": value for name, value in self.sites.items()}
+
+
+def start(folder: Path, cores: set[int], flags: dict[str, Any]) -> subprocess.Popen:
+    """Starts a trainer on some of this machine's cores."""
+    argv = [sys.executable, "-m", "jaxtrain", "train", "debug", f"--workdir={folder}"]
+    with open(f"{folder}.txt", "wb") as output:
+        return subprocess.Popen(
+            [*argv, *(f"--{name}={value}" for name, value in flags.items())],
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stdout=output,
+            stderr=output,
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        )
+
+
+def held_out_loss(folder: Path) -> float:
+    return json.loads((folder / "summary.json").read_text())["eval/loss_nats"]
+
+
+def train(run: Run, folder: Path) -> dict[str, Any]:
+    """Trains at one site, or at two; returns the line for the file."""
+    cores, start_s = sorted(os.sched_getaffinity(0)), time.monotonic()
+    if run.sites:
+        listed = [
+            {"name": site, "processes": [{"address": "127.0.0.1", "port": port}]}
+            for site, port in zip("ab", free_ports(2), strict=True)
+        ]
+        key, file = os.urandom(32).hex(), folder / "sites.json"
+        file.touch(0o600)
+        content = {"version": VERSION, "job": run.name, "key": key, "sites": listed}
+        file.write_text(json.dumps(content))
+        flags = run.flags | {"sites_file": file}
+        started = {
+            folder / site: start(folder / site, {cores[i % len(cores)]}, flags | {"site": site})
+            for i, site in enumerate("ab")
+        }
+    else:
+        started = {folder / "a": start(folder / "a", set(cores), run.flags)}
+    try:
+        while any(process.poll() is None for process in started.values()):
+            if any(process.poll() for process in started.values()):
+                break  # the other site would wait for it
+            if time.monotonic() - start_s > LIMIT_S:
+                break
+            time.sleep(0.5)
+    finally:
+        for process in started.values():
+            process.kill()
+    if statuses := [process.wait() for process in started.values() if process.wait()]:
+        ends = [Path(f"{path}.txt").read_text()[-1500:] for path in started]
+        raise RuntimeError("\n".join([f"{run}: exit status {statuses}", *ends]))
+    losses = {held_out_loss(path) for path in started}
+    if len(losses) != 1:
+        raise RuntimeError(f"{run}: the sites' held-out losses differ: {sorted(losses)}")
+    row = {"name": run.name, "seed": run.seed, "loss_nats": losses.pop(), "flags": run.flags}
+    return row | {"seconds": round(time.monotonic() - start_s)}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def find(rows: list[dict[str, Any]], run: Run) -> float | None:
+    """Returns the loss of a run with exactly these flags; None if there is none."""
+    same = lambda row: (row["name"], row["flags"]) == (run.name, run.flags)
+    return next((row["loss_nats"] for row in rows if same(row)), None)
+
+
+def tuning_runs() -> list[Run]:
+    """Returns the runs that choose the outer rate and momentum."""
+    return [
+        Run(f"outer rate {rate}, momentum {momentum}", TUNING_SEED, sites)
+        for rate, momentum in TUNED
+        for sites in [{"period": PERIOD, "rate": rate, "momentum": momentum}]
+    ]
+
+
+def compared_runs(rows: list[dict[str, Any]]) -> list[Run]:
+    """Returns the runs with the outer step that was best; [] until all have been tried."""
+    tried = [(loss, run) for run in tuning_runs() if (loss := find(rows, run)) is not None]
+    if len(tried) < len(TUNED):
+        return []
+    best = min(tried, key=lambda pair: pair[0])[1].sites
+    kinds = {"one": {}, "half": {}} | {name: best | sites for name, sites in RUNS.items()}
+    return [Run(name, seed, sites) for seed in SEEDS for name, sites in kinds.items()]
+
+
+def next_run(rows: list[dict[str, Any]]) -> Run | None:
+    runs = tuning_runs() + compared_runs(rows)
+    return next((run for run in runs if find(rows, run) is None), None)
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """Returns the tables: the choice of the outer step, and each kind of run against "one"."""
+    lines = ["| outer step | held-out loss, nats |", "|---|---|"]
+    for run in tuning_runs():
+        loss = find(rows, run)
+        lines.append(f"| {run.name} | {'' if loss is None else f'{loss:.4f}'} |")
+    losses: dict[str, list[float]] = {}
+    complete = []
+    for seed in SEEDS:
+        found = {run.name: find(rows, run) for run in compared_runs(rows) if run.seed == seed}
+        if found and None not in found.values():
+            complete.append(seed)
+            for name, loss in found.items():
+                losses.setdefault(name, []).append(loss)
+    if not complete:
+        return "\n".join(lines)
+    tests = paired_tests(losses, "one")
+    lines += ["", f"Seeds {complete}; p is not corrected for the number of rows:", ""]
+    lines += ["| run | loss | - one | standard error | p |", "|---|---|---|---|---|"]
+    for name, values in losses.items():
+        text = f"| {name} | {mean_sd(values)[0]:.4f} |"
+        if test := tests.get(name):
+            text += f" {test.difference:+.4f} | {test.se:.4f} | {test.p:.2g} |"
+        lines.append(text)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="a line for each run")
+    parser.add_argument("--minutes", type=float, default=60, help="no run starts later")
+    parser.add_argument("--report", action="store_true", help="only prints the tables")
+    args = parser.parse_args()
+    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    until_s = time.monotonic() + 60 * args.minutes
+    while not args.report and time.monotonic() < until_s:
+        if (chosen := next_run(read(args.out))) is None:
+            break
+        folder = Path(tempfile.mkdtemp(prefix="jaxtrain-sites-loss-"))
+        row = train(chosen, folder) | {"commit": commit, "date": time.strftime("%Y-%m-%d")}
+        shutil.rmtree(folder)
+        with args.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+    print(report(read(args.out)))
+
+
+if __name__ == "__main__":
+    main()
