@@ -199,6 +199,7 @@ def test_a_lost_site_is_left_out_and_returns_with_the_same_weights(built, tmp_pa
         for x, y in zip(a.rounds.outer, again.rounds.outer, strict=True):
             assert (x.reference == y.reference).all() and (x.momentum == y.momentum).all()
         assert counts(a) == counts(again)  # the schedule of the learning rate depends on them
+        assert again.taken == [16]
         taken = pair.ledger("b")[1]
         assert (taken.round, taken.started_step, taken.applied_step) == (4, 8, 16)
         of_a = pair.ledger("a")[3]
