@@ -45,7 +45,7 @@ def test_a_site_is_not_waited_for_from_when_it_is_left_out_or_asks_until_it_has_
     """A site without the states of all fragments sends no code, so waiting for it has no end."""
     left_out, admitted = Decision((0,)), Decision((0,), (1,))
     assert decide(2, [view()], left_out, set(), set()) == left_out
-    decider = Decider(2, tmp_path, 0, 1, None)
+    decider = Decider(2, tmp_path, 0, 1, None, 0.1)
     given = lambda f, round_, *places: decider.decide(
         f, round_, view(requests=[(1, *place) for place in places])
     )
@@ -53,6 +53,8 @@ def test_a_site_is_not_waited_for_from_when_it_is_left_out_or_asks_until_it_has_
     assert given(0, 13, *asks) == given(1, 13, *asks) == admitted
     assert given(0, 14, *asks) is None  # it has all states: its code is waited for
     asks += [(0, 14)]  # it was left out again, of fragment 0, and its other request is under way
+    assert given(1, 14, *asks) is None  # the other request should be here soon
+    time.sleep(0.1)
     assert given(1, 14, *asks) == left_out and given(0, 14, *asks) == admitted
     asks += [(1, 14)]
     assert given(1, 15, *asks) == admitted and given(1, 16, *asks) is None
@@ -61,7 +63,7 @@ def test_a_site_is_not_waited_for_from_when_it_is_left_out_or_asks_until_it_has_
 
 def test_the_leader_learns_from_one_of_its_processes_who_asks_for_a_state(tmp_path):
     store = Store()
-    first, second = (Decider(2, tmp_path, process, 2, store) for process in range(2))
+    first, second = (Decider(2, tmp_path, process, 2, store, 60.0) for process in range(2))
     assert second.decide(0, 1, view(requests=[(1, 0, 1)])) is None
     assert first.decide(0, 1, view()) == Decision((0,), (1,))
     first.close()
@@ -79,7 +81,7 @@ class Store(dict):
 def test_the_leaders_processes_agree_and_decide_the_same_after_a_restart(tmp_path):
     def start():
         store = Store()
-        return [Decider(3, tmp_path, process, 2, store) for process in range(2)]
+        return [Decider(3, tmp_path, process, 2, store, 60.0) for process in range(2)]
 
     first, second = start()
     assert first.decide(0, 1, view([1, 2])) is None  # the other process has not reported
@@ -110,7 +112,7 @@ def test_a_site_that_lost_its_folder_after_a_return_is_admitted_again(tmp_path):
     with Scene(tmp_path) as scene:
         (tmp_path / "a").mkdir()
         (tmp_path / "a" / "decisions.jsonl").write_text("[0, 12, [0], []]\n[0, 13, [0], [1]]\n")
-        a, b = (scene.start(name, lost_s=60.0) for name in "ab")
+        a, b = (scene.start(name, lost_s=60.0, streams=1) for name in "ab")
         a.send(0, 14, {0: b"a"}, 1, {})
         b.send(0, 11, {0: b"b"}, 1, {})  # its checkpoint is older than its return
         with pytest.raises(SiteLeftOut):

@@ -9,6 +9,7 @@ A decision is on the leader's disk before anyone acts on it, so a restart decide
 """
 
 import json
+import time
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,8 +87,9 @@ def decide(
         views: of all processes of the leader.
         before: the decision on the round before.
         asking: sites that ask for the outer state of this fragment.
-        returning: sites that ask for that of any fragment. They send no codes before they have all
-            of them, so waiting for a code of theirs could last for ever.
+        returning: sites that have asked for that of any fragment, and for whose code this round has
+            waited for long. They send none before they have all states, and the leader may send the
+            last one only after this round.
     """
     participants, admitted = [LEADER], []
     for site in range(1, sites):
@@ -112,17 +114,25 @@ class Decider:
         folder: of the exchange's files; process 0 of the leader has the decisions there.
         process, processes: this process and their number at the leader.
         store: shared by the leader's processes; None if there is one.
+        lost_s: seconds for which a round waits for a site that has asked for a state.
 
     Raises:
         ValueError: the file of decisions is damaged.
     """
 
     def __init__(
-        self, sites: int, folder: Path, process: int, processes: int, store: KeyValueStore | None
+        self,
+        sites: int,
+        folder: Path,
+        process: int,
+        processes: int,
+        store: KeyValueStore | None,
+        lost_s: float,
     ):
         assert store is not None or processes == 1
         self._sites, self._process, self._processes = sites, process, processes
-        self._store = store
+        self._store, self._lost_s = store, lost_s
+        self._open_since_s: dict[tuple[int, int], float] = {}
         self._published: dict[tuple[int, int], str] = {}
         self._known: dict[tuple[int, int], Decision] = {}
         self._admitted_at: dict[tuple[int, int], int] = {}  # (fragment, site): newest round
@@ -167,7 +177,10 @@ class Decider:
             if number > self._admitted_at.get((f, site), NEVER)
         }
         asking = {site for f, site in open_requests if f == fragment}
-        returning = {site for _, site in open_requests}
+        waited_s = time.monotonic() - self._open_since_s.setdefault(
+            (fragment, round_), time.monotonic()
+        )
+        returning = {site for _, site in open_requests} if waited_s >= self._lost_s else set()
         decision = decide(self._sites, views, before, asking, returning)
         if decision:
             line = [fragment, round_, decision.participants, decision.admitted]

@@ -48,7 +48,8 @@ class Exchange(Transport):
         self._decider: Decider | None = None
         if lost_s and index == LEADER:
             processes = len(sites[index].processes)
-            self._decider = Decider(len(sites), Path(folder), process, processes, store)
+            args = len(sites), Path(folder), process, processes, store
+            self._decider = Decider(*args, lost_s)
         super().__init__(sites_file, site, process, blocks, identity, folder, note, streams)
 
     def close(self) -> None:
