@@ -9,7 +9,7 @@ A decision is on the leader's disk before anyone acts on it, so a restart decide
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -55,25 +55,29 @@ class View(NamedTuple):
     Attributes:
         complete: sites whose code is here.
         lost: sites that have not been heard for too long.
-        asking: {site: newest round in which it asked for the outer state}.
+        requests: (site, fragment, round) of each request for the outer state of any fragment.
     """
 
     complete: tuple[int, ...]
     lost: tuple[int, ...]
-    asking: dict[int, int]
+    requests: tuple[tuple[int, int, int], ...]
 
     def to_text(self) -> str:
-        return json.dumps([self.complete, self.lost, list(self.asking.items())])
+        return json.dumps(self)
 
 
 def parse_view(text: str) -> View:
     """Inverts View.to_text."""
-    complete, lost, asking = json.loads(text)
-    return View(tuple(complete), tuple(lost), {site: round_ for site, round_ in asking})
+    complete, lost, requests = json.loads(text)
+    return View(tuple(complete), tuple(lost), tuple(map(tuple, requests)))
 
 
 def decide(
-    sites: int, views: Sequence[View], before: Decision | None, admitted_at: Mapping[int, int]
+    sites: int,
+    views: Sequence[View],
+    before: Decision | None,
+    asking: Set[int],
+    returning: Set[int],
 ) -> Decision | None:
     """Returns who takes part in a round; None if that is still open.
 
@@ -81,18 +85,19 @@ def decide(
         sites: number of all sites.
         views: of all processes of the leader.
         before: the decision on the round before.
-        admitted_at: {site: newest round after which it got the outer state, or NEVER}.
+        asking: sites that ask for the outer state of this fragment.
+        returning: sites that ask for that of any fragment. They send no codes before they have all
+            of them, so waiting for a code of theirs could last for ever.
     """
     participants, admitted = [LEADER], []
     for site in range(1, sites):
-        asked = max(view.asking.get(site, NEVER) for view in views)
-        if asked > admitted_at[site]:
+        if site in asking:
             admitted.append(site)
         elif before and before.leaves_out(site):
             continue
         elif all(site in view.complete for view in views):
             participants.append(site)
-        elif not any(site in view.lost for view in views):
+        elif site not in returning and not any(site in view.lost for view in views):
             return None
     return Decision(tuple(participants), tuple(admitted))
 
@@ -155,9 +160,15 @@ class Decider:
                 return None
             views += map(parse_view, others.values())
         before = self._known.get((fragment, round_ - 1))
-        sites = range(self._sites)
-        admitted_at = {site: self._admitted_at.get((fragment, site), NEVER) for site in sites}
-        decision = decide(self._sites, views, before, admitted_at)
+        open_requests = {
+            (f, site)
+            for view in views
+            for site, f, number in view.requests
+            if number > self._admitted_at.get((f, site), NEVER)
+        }
+        asking = {site for f, site in open_requests if f == fragment}
+        returning = {site for _, site in open_requests}
+        decision = decide(self._sites, views, before, asking, returning)
         if decision:
             line = [fragment, round_, decision.participants, decision.admitted]
             self._file.write(json.dumps(line).encode() + b"\n")

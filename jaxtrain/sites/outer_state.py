@@ -44,7 +44,7 @@ def add_outer_state(
         stored_steps: those of complete checkpoints. Codes that only older ones needed are removed.
     """
     rounds.exchange.flush()
-    rounds.applied[step] = [x.round - (x.pending is not None) for x in rounds.outer]
+    rounds.applied[step] = [outer.applied for outer in rounds.outer]
     if applied := rounds.applied.get(min(stored_steps, default=-1)):
         rounds.exchange.durable({f: round_ + 1 for f, round_ in enumerate(applied)})
     stored = {name: {} for name in _stored_vectors(rounds)}
