@@ -126,13 +126,13 @@ class HostProcess:
     def __init__(self, argv: list[str], request: bytes, mark: bytes):
         pipe = subprocess.PIPE
         self._process: Any = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe)
-        self.output = TimedPipe(self._process.stdout)
-        self._reader = io.BufferedReader(self.output)
         self._mark, self._preamble, self._answering = mark, b"", False
         self._errors, self._expired = b"", False
         self._drain = threading.Thread(target=self._read_errors, daemon=True)
         self._drain.start()
         self.send(request, SEND_S)
+        self.output = TimedPipe(self._process.stdout)
+        self._reader = io.BufferedReader(self.output)
 
     def __enter__(self) -> "HostProcess":
         return self

@@ -34,7 +34,7 @@ def read_header(line: bytes) -> dict[str, Any]:
     if not isinstance(frame, dict):
         raise problem
     is_data = all(type(frame.get(k)) is int for k in ("at", "bytes"))
-    is_data = is_data and frame["at"] >= 0 and 0 < frame["bytes"] <= READ_BYTES
+    is_data = is_data and 0 <= frame["at"] < 1 << 62 and 0 < frame["bytes"] <= READ_BYTES
     is_data = is_data and "status" not in frame
     is_status = "bytes" not in frame and all(type(frame.get(k)) is bool for k in ("alive", "known"))
     is_status = is_status and is_valid_status(frame.get("status"))

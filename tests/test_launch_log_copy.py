@@ -77,6 +77,7 @@ def test_the_tail_is_found_in_the_older_part_just_after_the_copy_was_cut(tmp_pat
         b"3",
         b"{}",
         b'{"at": -1, "bytes": 4}',
+        b'{"at": 4611686018427387904, "bytes": 4}',
         b'{"at": 0, "bytes": 99999999999}',
         b'{"at": 0, "bytes": true}',
         b'{"at": 0, "bytes": 4, "status": {}, "alive": true, "known": true}',

@@ -5,11 +5,13 @@ import io
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from launch import operate, run, start, stop
+from launch.host import requests
 from launch.host.exit_codes import INTERRUPTED, STOPPED
 from launch.host.restart_policy import Policy
 from launch.inventory import Host
@@ -178,3 +180,20 @@ def test_ctrl_c_in_a_command_for_a_running_job_says_nothing_of_its_start(
     assert run.main([verb, "two.east"]) == INTERRUPTED
     err = capsys.readouterr().err
     assert "before" not in err and text in err and "interrupted" in err
+
+
+def test_a_start_that_a_host_receives_after_the_kill_starts_nothing(tmp_path):
+    request = {"workdir": str(tmp_path), "job": "j", "why": "not all hosts started", "kill": True}
+    assert requests.stop(request) == {"known": False, "left": []}
+    assert requests.start(request | {"spec": {}}) == {"started": False}
+
+
+def test_a_kill_waits_for_a_start_that_is_under_way(tmp_path):
+    request = {"workdir": str(tmp_path), "job": "j", "why": "not all hosts started", "kill": True}
+    kill = threading.Thread(target=requests.stop, args=(request,))
+    with requests.start_lock(request):
+        kill.start()
+        kill.join(0.3)
+        assert kill.is_alive() and not (tmp_path / "jobs" / "j" / "status.json").exists()
+    kill.join(10)
+    assert (tmp_path / "jobs" / "j" / "status.json").exists()

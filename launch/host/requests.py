@@ -1,5 +1,6 @@
 """Answers one request of the operator: reads standard input, writes to standard output."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -7,7 +8,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,7 @@ def start(request: Request) -> dict[str, bool]:
     if request.get("again") and not (folder / "job.json").exists():
         return {"started": False}
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with open(root_of(request) / "start.lock", "w") as lock:  # of two starts at once one is first
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with start_lock(request):  # of two starts at once one is first
         if has_supervisor(folder) or read_json(folder / "status.json").get("outcome"):
             return {"started": False}
         spec = request["spec"]
@@ -62,6 +62,14 @@ def start(request: Request) -> dict[str, bool]:
         error = (folder / "supervisor.err").read_text().strip().splitlines()[-1:]
         raise RuntimeError(f"the supervisor did not start: {' '.join(error) or 'no reason given'}")
     return {"started": True}
+
+
+@contextlib.contextmanager
+def start_lock(request: Request) -> Iterator[None]:
+    """Keeps other requests from starting or killing a job on this host meanwhile."""
+    with open(root_of(request) / "start.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def refuse_second_writer(folder: Path, spec: Request) -> None:
@@ -119,14 +127,17 @@ def status(request: Request) -> dict[str, Any]:
 
 
 def stop(request: Request) -> dict[str, Any]:
-    """Stops a job on this host, see launch.host.stopping."""
+    """Stops a job on this host, see launch.host.stopping.
+
+    With `kill`, a request to start the job that arrives later starts nothing.
+    """
     folder = job_folder(request)
-    if not folder.exists():
-        return {"known": False, "left": []}
-    return {
-        "known": True,
-        "left": stopping.stop(folder, request["why"], request.get("kill", False)),
-    }
+    known, why = folder.exists(), request["why"]
+    if request.get("kill"):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with start_lock(request):
+            return {"known": known, "left": stopping.stop(folder, why, kill=True)}
+    return {"known": known, "left": stopping.stop(folder, why, kill=False) if known else []}
 
 
 def detach(request: Request) -> dict:
