@@ -37,7 +37,8 @@ def compare_ends(
         SiteError, OSError: the exchange has failed.
     """
     deadline_s, away, late = time.monotonic() + timeout_s, exchange.away(), []
-    for site in sorted({link.site for link in exchange.links} - away):
+    sites: list[int] = sorted({link.site for link in exchange.links} - away)
+    for site in sites:
         places = [("end", f, state.round, site) for f, state in enumerate(outer)]
         while not all(exchange.is_here(*place) for place in places):
             if time.monotonic() > deadline_s:
