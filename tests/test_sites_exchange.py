@@ -276,6 +276,7 @@ def test_the_first_site_decides_who_takes_part_and_a_site_left_out_gets_the_stat
             of_b = pool.submit(b.wait, 0, 1, 10)
             arrived = a.wait(0, 1, 10)
         assert of_b.result().participants == arrived.participants == (0, 1)
+        assert scene.noted("a", "nothing has come from process 0 of site c for 0 s")
         assert arrived.codes == {1: {0: b"ba"}} and arrived.tokens == {1: 2}
         c = scene.start("c", lost_s=60.0)
         with pytest.raises(SiteLeftOut) as left_out:

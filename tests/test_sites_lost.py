@@ -13,12 +13,13 @@ from sites_scene import Proxy, Scene, wait_until
 
 import runs
 from jaxtrain.config.run_sections import SitesConfig
+from jaxtrain.distributed.broadcast import MESSAGE_BYTES
 from jaxtrain.sites import channel
 from jaxtrain.sites.decisions import Decider, Decision, View, decide
 from jaxtrain.sites.errors import SiteLeftOut
 from jaxtrain.sites.ledger import DECIDED, read_ledger
 from jaxtrain.sites.rejoin import Return, find_admission
-from jaxtrain.sites.round import Outer, Pending
+from jaxtrain.sites.round import Outcome, Outer, Pending, describe_part
 
 STEPS, PERIOD = 24, 4
 BOTH, ONE = ("site0", "site1"), ("site0",)
@@ -123,6 +124,34 @@ def test_a_site_that_lost_its_folder_after_a_return_is_admitted_again(tmp_path):
         way = Return(SitesConfig(), SimpleNamespace(site=1), b, outer)
         assert way.find_states() is None
         assert a.wait(0, 14, 10).admitted == (1,)
+        a.durable({0: 20})  # requests outlive checkpoints: one may still be open
+        assert a.posted("request") == [(1, 0, 14)]
+
+
+def test_a_resumed_site_replays_its_rounds_before_the_one_that_went_on_without_it(tmp_path):
+    with Scene(tmp_path) as scene:
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "decisions.jsonl").write_text("[0, 1, [0, 1], []]\n[0, 2, [0], []]\n")
+        a, b = (scene.start(name, lost_s=60.0, streams=1) for name in "ab")
+        a.send(0, 1, {0: b"a"}, 1, {})
+        b.send(0, 1, {0: b"b"}, 1, {})
+        assert a.wait(0, 1, 10).participants == b.wait(0, 1, 10).participants == (0, 1)
+        a.send(0, 2, {0: b"a"}, 1, {})
+        assert a.wait(0, 2, 10) and wait_until(lambda: 2 in b.decisions(0))
+        b.close()
+        b = scene.start("b", lost_s=60.0, streams=1)
+        b.send(0, 1, {0: b"b"}, 1, {})
+        assert b.wait(0, 1, 10).codes == {0: {0: b"a"}}
+        with pytest.raises(SiteLeftOut):
+            b.wait(0, 2, 10)
+
+
+def test_the_part_of_a_line_of_many_sites_with_long_names_fits_a_gathered_text():
+    size = 1 << 40
+    arrived = SimpleNamespace(payload_bytes=(size, size), wire_bytes=(size, size), seconds=1 / 3)
+    codes = {f"{k:064}": np.full(9, k, np.uint8) for k in range(48)}
+    outcome = Outcome(*[np.zeros(9, np.float32)] * 3, codes, dict.fromkeys(codes, size), arrived)
+    assert len(describe_part(outcome)) <= MESSAGE_BYTES
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 The first site of the sites file is the leader: it decides each round, and the others wait for its
 decision. So two halves of a job that cannot reach each other never both continue. A round is
-decided once each other site has either sent its whole code, or has not been heard for
+decided once each other site has either sent its whole code, or has a process that was not heard for
 sites.lost_s, or asks for the leader's weights because it was left out before.
 
 A decision is on the leader's disk before anyone acts on it, so a restart decides the same again.

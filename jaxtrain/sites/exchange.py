@@ -138,9 +138,14 @@ class Exchange(Transport):
             return view
         with self.lock:
             self._decisions[fragment, round_] = decision
-        for i in range(len(self.links)):
+        before = self._decisions.get((fragment, round_ - 1), decision)
+        for i, channel in enumerate(self.channels):
             self._submit(i, Key("decision", fragment, round_), decision.to_bytes())
             self._cancel_old(i, fragment, round_, decision)
+            site, silent_s = channel.link.site, time.monotonic() - channel.last_s
+            is_new = before is decision or not before.leaves_out(site)
+            if is_new and decision.leaves_out(site) and silent_s > self._lost_s:
+                self.note(f"nothing has come from {channel} for {silent_s:.0f} s")
         return None
 
     def _cancel_old(self, i: int, fragment: int, round_: int, decision: Decision) -> None:
@@ -237,10 +242,6 @@ class Exchange(Transport):
         """
         self._check()
         participants = self._participants(fragment, round_)
-        for place, decision in self._decisions.items():
-            is_later = place[0] == fragment and place[1] >= round_
-            if is_later and self.site not in decision.participants:
-                raise SiteLeftOut(*place)
         key = Key("code", fragment, round_)
         needed = (LEADER,) if participants is None else participants
         absent = [
@@ -248,6 +249,12 @@ class Exchange(Transport):
             for channel in self.channels
             if channel.link.site in needed and (channel.peer, key) not in self.mailbox.received
         ]
+        if participants and self.site in participants and not absent:
+            return True  # also if the sites went on without this one later, as a resumed one knows
+        for place, decision in self._decisions.items():
+            is_later = place[0] == fragment and place[1] >= round_
+            if is_later and self.site not in decision.participants:
+                raise SiteLeftOut(*place)
         for channel in absent:
             # The peer has removed what this process acknowledged.
             if (first := channel.inbox.first.get(fragment, 0)) > round_:
@@ -258,13 +265,11 @@ class Exchange(Transport):
                     f"its code of round {round_}, but it is missing in {self.mailbox.folder}. "
                     "Restore that folder, or restart all sites from one checkpoint."
                 )
-        if participants is None:
-            return False
-        if self._lost_s and self.site != LEADER and absent:
-            silent, lost_s = self.silent_s(), self._lost_s
-            if any(c.link.site != LEADER and silent[c.link.site] > lost_s for c in absent):
+        if participants and self._lost_s and self.site != LEADER:
+            silent = [c for c in absent if time.monotonic() - c.last_s > self._lost_s]
+            if any(channel.link.site != LEADER for channel in silent):
                 raise SiteLeftOut(fragment, round_)  # only the leader has a lost site's code
-        return not absent
+        return False
 
     def _collect(self, key: Key) -> Arrived:
         """Reads a complete round from disk; the lock is free, so that the link is served."""

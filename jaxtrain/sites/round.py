@@ -199,14 +199,7 @@ def summarize_round(
     processes. All processes must call it.
     """
     arrived = outcome.arrived
-    own = {
-        "codes": {name: (zlib.crc32(code.data), code.size) for name, code in outcome.codes.items()},
-        "reference": (zlib.crc32(outcome.reference.data), outcome.reference.nbytes),
-        "payload": arrived.payload_bytes,
-        "wire": arrived.wire_bytes,
-        "seconds": arrived.seconds,
-    }
-    parts = [json.loads(text) for text in gather_texts(json.dumps(own))]
+    parts = [json.loads(text) for text in gather_texts(describe_part(outcome))]
     sums = lambda name: (sum(part[name][0] for part in parts), sum(part[name][1] for part in parts))
     return Round(
         fragment=f,
@@ -216,7 +209,8 @@ def summarize_round(
         tokens=outcome.tokens,
         participants=tuple(places.names[k] for k in arrived.participants),
         code_checksums={
-            name: combine_crc32(part["codes"][name] for part in parts) for name in outcome.codes
+            name: combine_crc32((part["codes"][i], part["code_bytes"]) for part in parts)
+            for i, name in enumerate(outcome.codes)
         },
         reference_checksum=combine_crc32(part["reference"] for part in parts),
         payload_bytes=sums("payload"),
@@ -224,3 +218,20 @@ def summarize_round(
         seconds=max(part["seconds"] for part in parts),
         waited_s=waited_s,
     )
+
+
+def describe_part(outcome: Outcome) -> str:
+    """Returns what this process contributes to a ledger's line, without the sites' long names.
+
+    All codes have equal sizes. The text must fit into broadcast.MESSAGE_BYTES.
+    """
+    arrived, codes = outcome.arrived, list(outcome.codes.values())
+    part = {
+        "codes": [zlib.crc32(code.data) for code in codes],
+        "code_bytes": codes[0].size,
+        "reference": (zlib.crc32(outcome.reference.data), outcome.reference.nbytes),
+        "payload": arrived.payload_bytes,
+        "wire": arrived.wire_bytes,
+        "seconds": arrived.seconds,
+    }
+    return json.dumps(part)
