@@ -57,7 +57,13 @@ from jaxtrain.reporting.terminal import set_up_logging
 from jaxtrain.run_directory.contents import is_finished
 from jaxtrain.run_directory.lock import RunLock
 from jaxtrain.sites.rounds import Rounds
-from jaxtrain.sites.start import Membership, check_sites_flags, open_rounds, read_membership
+from jaxtrain.sites.start import (
+    Membership,
+    check_sites_flags,
+    describe_rounds,
+    open_rounds,
+    read_membership,
+)
 from jaxtrain.training.evaluation import Evaluator
 from jaxtrain.training.finish import SAMPLE_FLAG, finish_run
 from jaxtrain.training.loop import Diverged, Loop
@@ -147,8 +153,8 @@ def train(
         lines = startup_lines(run, corpus, checkpoints, restored, reason, evaluator)
         logger.print_header([*lines, *mixture_lines(corpus, batches)])
         if rounds:
-            rounds.log.open(workdir, first, logger.note)
-            logger.print_header(("sites", line) for line in rounds.describe())
+            rounds.log.open(workdir, rounds.applied_rounds(), logger.note)
+            logger.print_header(("sites", line) for line in describe_rounds(rounds))
         logger.print_header(("lock", line) for line in lock.describe())
         place = member.describe() if member else None
         logger.write_config(build_config_json(run, corpus, hosts, site=place))

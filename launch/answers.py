@@ -2,12 +2,13 @@
 
 A shape is: a type (a float must be finite; a bool is no number); a Range; a compiled pattern of a
 string; [shape] for a list, or [shape, n] for one of at least n; {str: shape} for an object with any
-keys; {"key": shape, "key?": shape} for an object with these keys, of which the second may be
-absent, and perhaps others; or a tuple of shapes, one of which must fit. None stands for null.
+keys, or {pattern: shape} with keys of a pattern; {"key": shape, "key?": shape} for an object with
+these keys, of which the second may be absent, and perhaps others; or a tuple of shapes, one of
+which must fit. None stands for null.
 """
 
-import math
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -68,12 +69,22 @@ def mismatch(value: Any, shape: Any, place: str) -> str:
         return _mismatch_of_object(value, shape, place)
     else:
         words = "an object"
-    return f"{place} must be {words}; got {visible(ascii(value)[:SHOWN])}" if words else ""
+    return f"{place} must be {words}; got {_quote(value)}" if words else ""
+
+
+def _quote(value: Any) -> str:
+    try:
+        return visible(ascii(value)[:SHOWN])
+    except RecursionError:
+        return "something nested too deeply"
 
 
 def _mismatch_of_object(value: Mapping[str, Any], shape: Mapping[Any, Any], place: str) -> str:
-    if str in shape:
-        keys = {key: shape[str] for key in value}
+    [(key_shape, of_all), *_] = shape.items()
+    if not isinstance(key_shape, str):
+        if problem := _first(mismatch(key, key_shape, f"a key of {place}") for key in value):
+            return problem
+        keys = dict.fromkeys(value, of_all)
     else:
         keys = {k.rstrip("?"): s for k, s in shape.items() if k[-1] != "?" or k[:-1] in value}
     return _first(mismatch(value.get(k), s, visible(f"{place}.{k}")) for k, s in keys.items())
@@ -85,5 +96,6 @@ def _first(problems) -> str:
 
 def _is(value: Any, kind: type) -> bool:
     if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        # An integer can be too large for a float.
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return type(value) is kind

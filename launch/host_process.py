@@ -5,6 +5,7 @@ that only this request knows. What came before it does no harm, and is quoted if
 """
 
 import contextlib
+import io
 import re
 import subprocess
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 
 from launch.inventory import Host
 from launch.terminal import visible
+from launch.timed_pipe import TimedPipe
 
 LINE_BYTES = 16 << 20  # the longest line of an answer; run files come in parts of 4 MiB
 PREAMBLE_BYTES = 1 << 16  # the most that a host may print before its answer
@@ -116,6 +118,9 @@ class HostProcess:
         argv: the ssh command.
         request: what to send first; more may be sent later.
         mark: the line after which the answer begins.
+
+    Attributes:
+        output: knows when bytes last came from the host.
     """
 
     def __init__(self, argv: list[str], request: bytes, mark: bytes):
@@ -126,6 +131,8 @@ class HostProcess:
         self._drain = threading.Thread(target=self._read_errors, daemon=True)
         self._drain.start()
         self.send(request, SEND_S)
+        self.output = TimedPipe(self._process.stdout)
+        self._reader = io.BufferedReader(self.output)
 
     def __enter__(self) -> "HostProcess":
         return self
@@ -170,7 +177,7 @@ class HostProcess:
             TimeoutError: it took longer, or the process was killed because of another limit.
         """
         with self._limit(limit_s):
-            line = self._find_mark() and self._process.stdout.readline(LINE_BYTES)
+            line = self._find_mark() and self._reader.readline(LINE_BYTES)
         if not line and self._expired:
             raise TimeoutError("no answer in time")
         return line or b""
@@ -188,11 +195,11 @@ class HostProcess:
 
     def read(self, size: int) -> bytes:
         """Returns the next bytes of the answer; fewer only at its end."""
-        return self._process.stdout.read(size)
+        return self._reader.read(size)
 
     def _find_mark(self) -> bool:
         while not self._answering and len(self._preamble) < PREAMBLE_BYTES:
-            line = self._process.stdout.readline(PREAMBLE_BYTES)
+            line = self._reader.readline(PREAMBLE_BYTES)
             self._answering = line.strip() == self._mark
             if not line:
                 break

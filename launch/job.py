@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,9 +13,11 @@ from launch.host.files import read_json, write_json
 from launch.host.interfaces import interface_variables
 from launch.host.restart_policy import Policy
 from launch.inventory import Host, Inventory
+from launch.log_copy import locked
 
 PYTHON = "{python}"  # in argv: stands for each host's interpreter
 TRAINER = "jaxtrain.train"  # the program whose flags name data and which writes a heartbeat
+JOB_ID = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # of new_id() or of a site, ID.SITE
 PORTS = range(20_000, 30_000)  # below the ports that Linux gives to outgoing connections
 
 
@@ -94,9 +97,15 @@ class Job:
         return Inventory(self.hosts, ranks)
 
     def change(self, **values: Any) -> None:
-        """Changes the record, in memory and on disk."""
-        self.record |= values
-        write_json(self.folder / "job.json", self.record)
+        """Changes the record, in memory and on disk, and keeps what other terminals changed."""
+        path = self.folder / "job.json"
+        with open(self.folder / "job.lock", "ab") as file, locked(file):
+            self.record |= read_json(path) | values
+            write_json(path, self.record)
+
+    def stop_reason(self) -> str:
+        """Returns why the operator stopped the job, also from another terminal; "" if not."""
+        return read_json(self.folder / "job.json").get("stopped", "")
 
     def log(self, host: Host) -> Path:
         return self.folder / f"{host.name}.log"

@@ -8,15 +8,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from launch.answers import COUNT, Range, mismatch
 from launch.host.files import read_json, write_json
-from launch.host.log import LIMIT_MIB, TAIL_BYTES
+from launch.host.log import LIMIT_MIB, READ_BYTES, TAIL_BYTES
 
 try:
     import fcntl
 except ImportError:  # Windows has no file locks of this kind: use one terminal per job there
     fcntl = None
 
-READ_BYTES = 1 << 20  # the most that a host sends at once
+OUTCOME = {"code": Range(int, -(1 << 31), 1 << 31), "why": str, "attempts?": COUNT}
 
 
 def read_header(line: bytes) -> dict[str, Any]:
@@ -33,8 +34,9 @@ def read_header(line: bytes) -> dict[str, Any]:
     if not isinstance(frame, dict):
         raise problem
     is_data = all(type(frame.get(k)) is int for k in ("at", "bytes"))
-    is_data = is_data and frame["at"] >= 0 and 0 < frame["bytes"] <= READ_BYTES
-    is_status = all(type(frame.get(k)) is bool for k in ("alive", "known"))
+    is_data = is_data and 0 <= frame["at"] < 1 << 62 and 0 < frame["bytes"] <= READ_BYTES
+    is_data = is_data and "status" not in frame
+    is_status = "bytes" not in frame and all(type(frame.get(k)) is bool for k in ("alive", "known"))
     is_status = is_status and is_valid_status(frame.get("status"))
     if not ("error" in frame or is_data or is_status):
         raise problem
@@ -43,14 +45,7 @@ def read_header(line: bytes) -> dict[str, Any]:
 
 def is_valid_status(status: Any) -> bool:
     """Returns whether a host's status is an object whose outcome, if it has one, can be used."""
-    if not isinstance(status, dict):
-        return False
-    outcome = status.get("outcome")
-    return outcome is None or (
-        isinstance(outcome, dict)
-        and type(outcome.get("code")) is int
-        and isinstance(outcome.get("why"), str)
-    )
+    return not mismatch(status, {"outcome?": (None, OUTCOME)}, "status")
 
 
 _PLACE = ("here", "there")
@@ -114,7 +109,7 @@ class LogCopy:
             gap_line: written before them if they do not continue the copy.
             replaced: from `offset` on, the host's bytes differ from those of the copy.
         """
-        with open(self.path, "ab") as file, _locked(file):
+        with open(self.path, "ab") as file, locked(file):
             anchor, size = self._read_anchor(), file.seek(0, os.SEEK_END)
             end = anchor["there"] + size - anchor["here"]
             # If this differs, another terminal has written the gap line.
@@ -136,7 +131,7 @@ class LogCopy:
 
 
 @contextlib.contextmanager
-def _locked(file: IO[bytes]) -> Iterator[None]:
+def locked(file: IO[bytes]) -> Iterator[None]:
     """Locks a file against other processes; flushes what was written before it unlocks."""
     if fcntl:
         fcntl.flock(file, fcntl.LOCK_EX)  # the kernel releases it if this process dies

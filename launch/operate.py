@@ -7,24 +7,35 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from launch.answers import COUNT, Range, mismatch
 from launch.follow import JobMonitor
-from launch.host.exit_codes import PREEMPTED, STOPPED
-from launch.host.restart_policy import NOW
+from launch.host.exit_codes import INTERRUPTED, PREEMPTED, STOPPED
 from launch.inventory import Host
 from launch.job import Job, jobs_folder, name_of, read_jobs
-from launch.log_copy import is_valid_status
-from launch.ssh import HostError, SshClient, errors_in
-from launch.terminal import indented, note, show
+from launch.log_copy import OUTCOME
+from launch.ssh import HostError, SshClient
+from launch.stop import connect, detach, stop, uninterrupted
+from launch.terminal import indented, note, show, warn
 
 STOPPED_AS_ASKED = (PREEMPTED, STOPPED)  # exit statuses: with a save, without one
 GONE_S = 30.0  # time for the last processes to end
 OLD_S = 6.0  # a status is written every 2 s; an older one is shown with its age
 SILENT_S = 15.0  # a supervisor whose status is older hangs, or cannot write
-
-
-def connect(job: Job) -> SshClient:
-    """Returns a client for the job's hosts."""
-    return SshClient(job.hosts, job.ssh_config)
+STATUS = {"outcome?": (None, OUTCOME), "processes": [COUNT], "alive?": bool}
+RANK = {
+    "rank": COUNT,
+    "step": (COUNT, None),
+    "phase": str,
+    "ratios?": {str: Range(float, -1e9, 1e9)},
+    "slow?": [str],
+}
+SHOWN = {  # what `status` prints; only that command refuses another
+    "error?": str,
+    "stopped?": bool,
+    "age_s?": Range(float, -1e9, 1e9),  # negative if the host's clock was set back
+    "attempt?": COUNT,
+    "report?": {"ranks?": [RANK]},
+}
 
 
 def follow(jobs: Sequence[Job], as_json: bool, read_only: bool = False, raw: bool = False) -> int:
@@ -49,30 +60,46 @@ def follow(jobs: Sequence[Job], as_json: bool, read_only: bool = False, raw: boo
             )
     clients = [connect(job) for job in jobs]
     width = max(len(host.name) for job in jobs for host in job.hosts)
+    pairs = zip(clients, jobs, strict=True)
+    monitors = [JobMonitor(c, job, as_json, read_only, raw, width) for c, job in pairs]
     codes, errors = {}, []
-    with contextlib.ExitStack() as stack:
-        pairs = zip(clients, jobs, strict=True)
-        opened = [JobMonitor(c, job, as_json, read_only, raw, width) for c, job in pairs]
-        monitors = [stack.enter_context(monitor) for monitor in opened]
-        while monitors:
-            try:
-                for monitor in list(monitors):
-                    try:
-                        outcome = monitor.print_new(0.5 / len(monitors))
-                    except HostError as error:
-                        errors.append(str(error))
-                        monitors.remove(monitor)
-                        continue
-                    if outcome:
-                        codes[monitor.job.id] = conclude(monitor.client, monitor.job, outcome)
-                        monitors.remove(monitor)
-                        _note_running_sites(monitor.job, outcome, [m.job for m in monitors])
-            except KeyboardInterrupt:  # the followers go on and renew the lease meanwhile
-                if read_only or _ask_to_leave(clients, jobs):
-                    return 0
+    try:
+        with contextlib.ExitStack() as stack:
+            for monitor in monitors:
+                stack.enter_context(monitor)
+            while monitors:
+                try:
+                    _print_new(monitors, codes, errors)
+                except KeyboardInterrupt:  # the followers go on and renew the lease meanwhile
+                    if read_only or _ask_to_leave(monitors, name_of(jobs)):
+                        return 0
+    except KeyboardInterrupt:  # a second one, before the first was handled
+        name = name_of(jobs)
+        note(f"interrupted. The job may still run: `launch.run attach {name}` follows it again")
+        return INTERRUPTED
     if errors:
         raise HostError("\n".join(errors))
     return min(codes.values(), key=lambda code: (code == 0, code in STOPPED_AS_ASKED))
+
+
+def _print_new(monitors: list[JobMonitor], codes: dict[str, int], errors: list[str]) -> None:
+    """Prints what is new; removes the monitors of jobs that have ended or cannot be followed.
+
+    Args:
+        codes: {job: its exit status}, to which those of jobs that have ended are added.
+        errors: texts, to which those of jobs that cannot be followed are added.
+    """
+    for monitor in list(monitors):
+        try:
+            outcome = monitor.print_new(0.5 / len(monitors))
+        except HostError as error:
+            errors.append(str(error))
+            monitors.remove(monitor)
+            continue
+        if outcome:
+            codes[monitor.job.id] = conclude(monitor.client, monitor.job, outcome)
+            monitors.remove(monitor)
+            _note_running_sites(monitor.job, outcome, [m.job for m in monitors])
 
 
 def _note_running_sites(job: Job, outcome: dict[str, Any], others: Sequence[Job]) -> None:
@@ -83,23 +110,27 @@ def _note_running_sites(job: Job, outcome: dict[str, Any], others: Sequence[Job]
         note(f"to stop the other sites: python -m launch.run stop {job.record['parent']}")
 
 
-def _ask_to_leave(clients: Sequence[SshClient], jobs: Sequence[Job]) -> bool:
-    """Asks whether to detach from the jobs, stop them or go on; returns whether to detach."""
-    if not sys.stdin.isatty():
-        stop(jobs, now=False)
-        return False
+def _ask_to_leave(monitors: Sequence[JobMonitor], name: str) -> bool:
+    """Asks whether to detach from the jobs, stop them or go on; returns whether all are detached.
+
+    If that fails, says so: the jobs are still followed, and their leases renewed.
+    """
+    answer = "s"
+    if sys.stdin.isatty():
+        with contextlib.suppress(EOFError, KeyboardInterrupt):
+            question = "\n[d]etach, [s]top after a save, or Enter to go on: "
+            answer = input(question).strip().lower()
     try:
-        answer = input("\n[d]etach, [s]top after a save, or Enter to go on: ").strip().lower()
-    except (EOFError, KeyboardInterrupt):
-        answer = "s"
-    if answer.startswith("s"):
-        stop(jobs, now=False)
-    if answer.startswith("d"):
-        for client, job in zip(clients, jobs, strict=True):
-            _send_to_all(client, {"op": "detach", "job": job.id}, "detached")
-        command = f"python -m launch.run attach {name_of(jobs)}"
-        note(f"the job goes on; to follow it again: {command}")
-    return answer.startswith("d")
+        with uninterrupted():
+            if answer.startswith("s"):
+                stop([monitor.job for monitor in monitors], now=False)
+            if answer.startswith("d"):
+                detach([monitor.job for monitor in monitors])
+                note(f"the job goes on; to follow it again: python -m launch.run attach {name}")
+                return True
+    except HostError as error:
+        warn(f"error: {error}\nThe job is still followed. Ctrl-C asks again.")
+    return False
 
 
 def statuses(client: SshClient, job: Job, timeout_s: float = 20.0) -> dict[Host, Any]:
@@ -108,8 +139,8 @@ def statuses(client: SshClient, job: Job, timeout_s: float = 20.0) -> dict[Host,
 
     def ask(host: Host) -> dict[str, Any]:
         answer = client.call(host, request, timeout_s)
-        if not is_valid_status(answer) or not isinstance(answer.get("processes"), list):
-            raise HostError(f"{host.name}: the host sent a status that has no meaning")
+        if problem := mismatch(answer, STATUS, "its answer"):
+            raise HostError(f"{host.name}: the host sent a status that has no meaning: {problem}")
         return answer
 
     return client.map(ask)
@@ -145,43 +176,6 @@ def conclude(client: SshClient, job: Job, outcome: dict[str, Any]) -> int:
     return outcome["code"]
 
 
-def stop_request(job: Job, why: str, kill: bool) -> dict[str, Any]:
-    """Returns the request that stops a job on a host; `kill` does not wait for a save."""
-    return {"op": "stop", "job": job.id, "why": why, "kill": kill}
-
-
-def stop(jobs: Sequence[Job], now: bool) -> int:
-    """Asks every host to stop the jobs, so that an unreachable one does not keep them alive.
-
-    Raises:
-        HostError: no host of a job answered. The other jobs are stopped all the same.
-    """
-    errors = []
-    for job in jobs:
-        request = stop_request(job, NOW if now else "the operator asked", kill=False)
-        try:
-            _send_to_all(connect(job), request, "stopped")
-        except HostError as error:
-            errors.append(f"{job.id}: {error}")
-    if errors:
-        raise HostError("\n".join(errors))
-    return 0
-
-
-def _send_to_all(client: SshClient, request: dict[str, Any], done: str) -> None:
-    """Sends a request to every host. One answer is enough: that host informs the first one.
-
-    Raises:
-        HostError: no host answered.
-    """
-    answers = client.map(lambda host: client.call(host, request, 30))
-    errors = errors_in(answers)
-    for error in errors:
-        note(error)
-    if len(errors) == len(answers):
-        raise HostError(f"no host answered: the job was not {done}. Try again.")
-
-
 def refuse_while_alive(job: Job) -> None:
     """Raises HostError unless every host reports that no process of the job is left there."""
     problems = []
@@ -209,17 +203,16 @@ def _print_status(job: Job, as_json: bool) -> None:
     for host, answer in statuses(connect(job), job).items():
         answer: dict[str, Any] = {"error": str(answer)} if isinstance(answer, HostError) else answer
         if as_json:
-            show(json.dumps({"host": host.name} | answer))
+            show(json.dumps(answer | {"host": host.name}))  # never in another host's name
             continue
-        try:
-            text = _describe(answer)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            text = "the host sent a status that has no meaning"
+        problem = mismatch(answer, SHOWN, "its answer")
+        text = f"the host sent a status that has no meaning: {problem}" if problem else ""
+        text = text or _describe(answer)
         show(f"{host.name:12} {indented(text)}")
 
 
 def _describe(answer: dict[str, Any]) -> str:
-    """Returns a host's status as text; raises any error of a lookup if a host sent nonsense."""
+    """Returns a status of the shape SHOWN as text."""
     ranks = answer.get("report", {}).get("ranks", [])
     steps = ", ".join(map(_describe_rank, ranks))
     why = (answer.get("outcome") or {}).get("why")
@@ -238,7 +231,7 @@ def _describe(answer: dict[str, Any]) -> str:
 def _describe_rank(rank: dict[str, Any]) -> str:
     """Returns `rank 1 step 40 train`, with how slow the rank is against the others if known."""
     text = f"rank {rank['rank']} step {rank['step']} {rank['phase']}"
-    ratios = [f"{kind} {float(ratio):.2f}x" for kind, ratio in rank.get("ratios", {}).items()]
+    ratios = [f"{kind} {ratio:.2f}x" for kind, ratio in rank.get("ratios", {}).items()]
     slow = [f"STRAGGLER in {kind}" for kind in rank.get("slow", [])]
     notes = "; ".join([*slow, *([" ".join(ratios)] if ratios else [])])
     return f"{text} ({notes})" if notes else text

@@ -27,12 +27,14 @@ LOGOUT_PROBLEMS = {
     "not installed: ask the administrator for KillExcludeUsers= with this user",
 }
 
+# {package: version}: the names become checks of the table of findings
+VERSIONS = {re.compile("[A-Za-z0-9._-]{1,100}"): re.compile("[!-~]{1,100}")}
 SIZES = re.compile("[0-9 ]{0,60}")  # in bytes, as sysctl prints them
 FACTS = FIRST | {
     **dict.fromkeys(("own_address", "python", "executable", "local_disk", "logout"), str),
     **dict.fromkeys(("gpus_error", "interface", "nonce_error"), str),
     **dict.fromkeys(("cpus", "memory_bytes", "disk_free_bytes", "shm_bytes"), COUNT),
-    "versions": {str: str},
+    "versions": VERSIONS,
     "gpus": [{"name": str, "driver": str, "memory_mib": COUNT}],
     "open_files": [Range(int, -1, 1 << 62), 2],  # -1: unlimited
     "proxies": [str],
@@ -234,6 +236,6 @@ def format_findings(findings: Sequence[Finding]) -> str:
             text = values[0]
         problems = [finding for finding in group if finding.problem]
         mark = "FAIL" if any(f.aborts for f in problems) else "warn" if problems else "ok"
-        lines.append(f"{mark:4}  {check:12} {text}".rstrip())
+        lines.append(f"{mark:4}  {visible(check):12} {text}".rstrip())
         lines += [f"      {finding.host}: {visible(finding.problem)}" for finding in problems]
     return "\n".join(lines)

@@ -2,21 +2,35 @@
 
 import collections
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.answers import check
+from launch.answers import COUNT, Range, check
 from launch.inventory import Host
-from launch.job import TRAINER, Job
-from launch.preflight import Finding, differences, format_findings, plugin_problem
+from launch.job import JOB_ID, TRAINER, Job
+from launch.preflight import VERSIONS, Finding, differences, format_findings, plugin_problem
 from launch.ssh import HostError, SshClient, raise_errors
 from launch.sync_code import Code
 from launch.terminal import note, warn
 
 BUILD_S = 1800.0  # enough for pip over a slow connection
 DATA_S = 300.0
+WORDS = re.compile("[ -_a-~]{0,100}")  # ASCII without `, which encloses a command
+OWNER = {  # of a run directory; its job and pid become part of a command to copy
+    "pid": Range(int, 1, 1 << 22),
+    "host": WORDS,
+    "start": WORDS,
+    "job?": re.compile(f"(?:{JOB_ID.pattern})?"),
+}
+SUMMARY = {  # of a host's data, see jaxtrain/data/quick_fingerprint.py
+    "files": COUNT,
+    "bytes": COUNT,
+    "fingerprint": str,
+    "workdir": str,
+}
 
 
 def read_env(pairs: Iterable[str]) -> dict[str, str]:
@@ -85,8 +99,10 @@ def prepare(client: SshClient, job: Job, code: Code) -> dict[Host, Any]:
     start = time.monotonic()
     summaries = client.call_all(data_requests(client, job), DATA_S)
     for host, summary in summaries.items():
-        if not isinstance(summary, HostError) and not _is_summary(summary):
-            summaries[host] = HostError(f"{host.name}: its summary of the data has no meaning")
+        try:
+            _check_summary(host, summary)
+        except HostError as error:
+            summaries[host] = error
     findings = judge_data(summaries) + judge_directories(summaries)
     note(f"data compared on all hosts, {time.monotonic() - start:.1f} s")
     print_findings(findings)
@@ -95,14 +111,13 @@ def prepare(client: SshClient, job: Job, code: Code) -> dict[Host, Any]:
     return summaries
 
 
-def _is_summary(summary: Any) -> bool:
-    """Returns whether a host's answer has what judge_data and judge_directories read."""
-    kinds = {"files": int, "bytes": int, "fingerprint": str, "workdir": str}
-    if not isinstance(summary, dict) or "owner" not in summary:
-        return False
-    owner = summary["owner"]
-    known = not owner or (isinstance(owner, dict) and owner.keys() >= {"pid", "host", "start"})
-    return known and all(type(summary.get(key)) is kind for key, kind in kinds.items())
+def _check_summary(host: Host, summary: Any) -> None:
+    """Raises HostError if the summary is one, or does not have the shape of one."""
+    if isinstance(summary, HostError):
+        raise summary
+    check(host, summary, SUMMARY)
+    if summary.get("owner") != {}:
+        check(host, summary, {"owner": OWNER})
 
 
 def build_environments(
@@ -123,7 +138,7 @@ def build_environments(
     built = client.call_all(dict.fromkeys(client.hosts, request), BUILD_S)
     raise_errors(built)
     for host, answer in built.items():
-        check(host, answer, {"python": str, "versions": {str: str}})
+        check(host, answer, {"python": str, "versions": VERSIONS})
     problems = {host.name: plugin_problem(host, b["versions"]) for host, b in built.items()}
     if any(problems.values()):
         raise HostError("\n".join(f"{name}: {text}" for name, text in problems.items() if text))

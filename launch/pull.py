@@ -12,7 +12,7 @@ from launch.job import Job, read_jobs
 from launch.ssh import HostError, SshClient
 from launch.terminal import note
 
-POSITIONS = ".held.json"  # {host: {file: [inode there, bytes here]}}
+POSITIONS = ".copied.json"  # {host: what read_changes calls `have`}
 # The most that a host may have sent: 4,096 processes, and some 10 million steps.
 MOST_FILES, MOST_BYTES = 4_100, 8 << 30
 
@@ -66,7 +66,7 @@ class RunCopy:
             return lambda host: self._fetch_from(host, positions.setdefault(host.name, {}), skip)
 
         answers = self.client.map(fetch_from({}), [first])
-        sent_by_first = {name: inode for name, (inode, _) in positions[first.name].items()}
+        sent_by_first = {name: inode for name, (inode, *_) in positions[first.name].items()}
         answers |= self.client.map(fetch_from(sent_by_first), others)
         write_json(self.folder / POSITIONS, positions)
         if isinstance(error := answers[first], HostError):
@@ -94,7 +94,7 @@ class RunCopy:
                 self._check(host, positions, name, part["at"], data)
                 if is_first or name.startswith(f"{PROCESSES}/"):
                     write_at(self.folder / name, part["at"], data)
-                positions[name] = [part["inode"], part["at"] + len(data)]
+                positions[name] = [part["inode"], part["at"] + len(data), part["tail"]]
             if more and not any(part["base64"] for part in answer["files"].values()):
                 raise HostError(f"{host.name}: announced more of the run and sent nothing.")
             if received > MOST_BYTES:  # a host could replace a file again and again
@@ -102,10 +102,10 @@ class RunCopy:
 
     def _check(self, host: Host, positions: dict, name: str, at: int, data: bytes) -> None:
         """Raises HostError if a part of a file has a hole before it, or is one too many."""
-        held = positions.get(name, [0, 0])[1]
+        held = positions.get(name, [0, 0, 0])[1]
         if not 0 <= at <= held:
             raise HostError(f"{host.name}: sent byte {at} of {name} after byte {held}.")
-        sizes = {key: size for key, (_, size) in positions.items()} | {name: at + len(data)}
+        sizes = {key: size for key, (_, size, _) in positions.items()} | {name: at + len(data)}
         if len(sizes) > MOST_FILES or sum(sizes.values()) > MOST_BYTES:
             raise HostError(
                 f"{host.name}: a run must have at most {MOST_FILES:,} files and {MOST_BYTES:,} "
@@ -145,7 +145,7 @@ def fetch(source: Source) -> Path:
 
 def _check_answer(host: Host, answer: Any) -> None:
     """Raises HostError if an answer is not what launch.host.run_files.read_changes returns."""
-    kinds = {"inode": int, "at": int, "base64": str}
+    kinds = {"inode": int, "at": int, "base64": str, "tail": int}
     try:
         parts = answer["files"].values()
         valid = {type(answer["more"]), type(answer["over"])} == {bool}

@@ -36,11 +36,12 @@ from launch.host.restart_policy import Policy
 from launch.host.webhook import VARIABLE, parse_address
 from launch.inventory import read_inventory
 from launch.job import PYTHON, TRAINER, Job, read_jobs
-from launch.operate import follow, list_jobs, status, stop
+from launch.operate import follow, list_jobs, status
 from launch.prepare import read_constraints, read_env
 from launch.sites import read_sites, split_flags
 from launch.ssh import HostError
 from launch.start import begin, create, create_at_sites, resume
+from launch.stop import stop
 from launch.sync_code import read_code
 from launch.terminal import note, warn
 
@@ -57,6 +58,11 @@ POLICY_HELP = {
     "stopped_s": "seconds that a rank may be stopped by a signal (a debugger, a frozen container)",
     "grace_s": "seconds from a request to stop until the ranks are killed; a save must fit in",
     "log_mib": "MiB of log, the newest, that each host keeps, and this machine of each host",
+}
+INTERRUPTION = {  # what Ctrl-C means, by verb; `follow` handles it once the job runs
+    "start": "interrupted before the job was running",
+    "resume": "interrupted before the new job was running",
+    "stop": "interrupted: some hosts may not have been asked to stop. Run it again",
 }
 YEAR_S = 31_536_000.0
 POLICY_RANGES = {  # of the numbers; otherwise from 0 to YEAR_S
@@ -188,7 +194,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m launch.run") -> i
         warn(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        note("interrupted before the job was running")
+        note(INTERRUPTION.get(args.verb, "interrupted"))
         return INTERRUPTED
 
 

@@ -1,6 +1,5 @@
 """Starts a job, or one at each of several sites; continues jobs that have ended."""
 
-import functools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,11 +9,12 @@ from launch.host.logout import SCOPE
 from launch.host.restart_policy import Policy
 from launch.inventory import Host, Inventory
 from launch.job import Job, name_of, new_id, replace_in_parent, write_parent
-from launch.operate import connect, follow, refuse_while_alive, stop_request
+from launch.operate import follow, refuse_while_alive
 from launch.preflight import preflight
 from launch.prepare import judge_data, prepare, print_findings
 from launch.sites import build_sites_file, check_links, find_links
 from launch.ssh import HostError, SshClient, raise_errors
+from launch.stop import ask_to_stop, connect, uninterrupted
 from launch.sync_code import Code, read_code, send_code
 from launch.terminal import note
 
@@ -56,36 +56,61 @@ def create_at_sites(
     return jobs
 
 
+class StoppedError(Exception):
+    """The operator stopped the job, from another terminal, before it ran."""
+
+
 def begin(jobs: Sequence[Job], code: Code, as_json: bool, detach: bool, raw: bool = False) -> int:
     """Checks the hosts, sends the code, starts created jobs, and follows them unless detached.
 
     Several jobs are those of one job's sites: each step is done at all sites before the next one,
     and if one fails, nothing is left running at any site.
     """
+    clients = [(connect(job), job) for job in jobs]
+    try:
+        _make_ready(clients, code)
+        _start_supervisors(clients)
+    except StoppedError as error:
+        for job in jobs:
+            job.change(outcome={"code": STOPPED, "why": str(error)})
+        note(str(error))
+        return STOPPED
+    if detach:
+        command = f"python -m launch.run attach {name_of(jobs)}"
+        note(f"the job runs without this machine; to follow it: {command}")
+        return 0
+    return follow(jobs, as_json, raw=raw)
+
+
+def _make_ready(clients: Sequence[tuple[SshClient, Job]], code: Code) -> None:
+    """Checks the hosts of jobs, sends the code, builds its packages and compares the data."""
+    jobs = [job for _, job in clients]
     changes = ", with uncommitted changes (code.patch)" if code.patch else ""
     note(f"code {code.hash}, {len(code.files)} files of commit {code.commit[:12]}{changes}")
-    clients = [(connect(job), job) for job in jobs]
     for client, job in clients:
         _check_hosts(client, job)
     if len(jobs) > 1:
         _check_between_sites(jobs)
     for client, job in clients:
+        _refuse_stopped(jobs)
         start_s = time.monotonic()
         folders = send_code(client, code)
         job.change(folders={host.name: folder for host, folder in folders.items()})
         note(f"code is on every host{_at(job)}, {time.monotonic() - start_s:.1f} s")
     summaries = {}
     for client, job in clients:
+        _refuse_stopped(jobs)
         summaries |= prepare(client, job, code)
     differing = judge_data(summaries)
     if any(finding.aborts for finding in differing):  # only between sites: `prepare` raises else
         print_findings(differing)
-    _start_supervisors(clients)
-    if detach:
-        command = f"python -m launch.run attach {name_of(jobs)}"
-        note(f"the job runs without this machine; to follow it: {command}")
-        return 0
-    return follow(jobs, as_json, raw=raw)
+
+
+def _refuse_stopped(jobs: Sequence[Job]) -> None:
+    """Raises StoppedError if another terminal has stopped one of the jobs."""
+    for job in jobs:
+        if reason := job.stop_reason():
+            raise StoppedError(f"job {job.id} was stopped before it ran: {reason}")
 
 
 def _at(job: Job) -> str:
@@ -115,18 +140,35 @@ def _check_between_sites(jobs: Sequence[Job]) -> None:
 
 def _start_supervisors(clients: Sequence[tuple[SshClient, Job]]) -> None:
     """Starts the supervisors on all hosts, or leaves none running."""
-    for _, job in clients:
+    jobs = [job for _, job in clients]
+    _refuse_stopped(jobs)
+    for job in jobs:
         job.change(begun=time.time())
     try:
         for client, job in clients:
             _start_supervisors_of(client, job)
+        # `stop` records first and then asks the hosts, so either it finds the job there, or the
+        # record is found here.
+        _refuse_stopped(jobs)
     except BaseException as error:  # also an interrupt or SIGTERM
         why = "not all hosts started" + (f": {error}" if isinstance(error, HostError) else "")
-        for client, job in clients:
-            job.change(outcome={"code": STOPPED, "why": why})  # else `attach` could start it again
-            request = stop_request(job, why, kill=True)
-            client.map(functools.partial(client.call, request=request, timeout_s=30))
+        why = str(error) if isinstance(error, StoppedError) else why
+        with uninterrupted():
+            _undo(jobs, why)
         raise
+
+
+def _undo(jobs: Sequence[Job], why: str) -> None:
+    """Kills what was started of jobs that did not start everywhere; prints what may be left."""
+    for job in jobs:
+        job.change(outcome={"code": STOPPED, "why": why})  # else `attach` could start it again
+    for job in jobs:
+        try:
+            left = ask_to_stop(job, why, kill=True)[1]
+        except HostError as error:
+            left = [f"{error} `python -m launch.run stop {job.id} --now` kills what has started."]
+        for problem in left:
+            note(problem)
 
 
 def _start_supervisors_of(client: SshClient, job: Job) -> None:

@@ -29,7 +29,7 @@ from launch.report.lineage import describe_lineage
 from launch.report.page import page
 from launch.report.run_folder import EVAL_LOSS, LOSS, NoRun, RunFolder, read_run
 from launch.ssh import HostError
-from launch.terminal import note, show, warn
+from launch.terminal import note, show, visible, warn
 
 FOLLOW_S = 10
 DONE = ("done", "stopped")  # a run's state begins with one of these if it has ended
@@ -49,7 +49,7 @@ def table(runs: list[RunFolder]) -> str:
         steps = spark(run.seconds)
         lines += [f"{run.name}: loss {curve}", f"{run.name}: step time {steps}"]
     lines += describe_lineage(runs) + describe_proposals(runs)
-    return "\n".join(lines)
+    return "\n".join(map(visible, lines))  # a run of a host cannot add lines of its own
 
 
 def as_json(run: RunFolder) -> dict:

@@ -13,12 +13,12 @@ import sys
 from collections.abc import Iterator
 from unittest import mock
 
-from launch import follow, run, ssh, start
+from launch import follower, run, ssh, start
 
 # Seconds, by module of the host and name of the constant.
 INTERVALS = {
     "supervise": {"TURN_S": 0.02, "REPORT_S": 0.1, "STATUS_S": 0.1},
-    "requests": {"STATUS_S": 0.2},
+    "stream": {"STATUS_S": 0.2},
     "restart_policy": {"SETTLE_S": 0.4, "DUMP_S": 0.4},
     "keeper": {"SLICE_S": 0.1, "STACKS_S": 0.2},
     "watch": {"SLICE_S": 0.1},
@@ -44,7 +44,7 @@ def quick_hosts(**constants: dict[str, float]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         patch = lambda *replaced: stack.enter_context(mock.patch.object(*replaced))
         patch(ssh, "host_modules", lambda: sources)
-        patch(follow, "RENEW_S", 0.5)
+        patch(follower, "RENEW_S", 0.5)
         patch(start, "preflight", functools.partial(start.preflight, burst_s=0.03))
         yield
 

@@ -88,11 +88,28 @@ class MemoryExchange:
     def missing(self, fragment, round_):
         return tuple(k for k in self.others if not self.hub.get(k, "code", fragment, round_))
 
+    def post(self, kind, fragment, round_, contents):
+        for i, content in contents.items():
+            self.hub.put(self.site, (kind, self.links[i].site), fragment, round_, content)
+
+    def is_here(self, kind, fragment, round_, site):
+        return self.hub.get(site, (kind, self.site), fragment, round_) is not None
+
+    def take(self, kind, fragment, round_, site):
+        content = self.hub.get(site, (kind, self.site), fragment, round_)
+        return {i: content for i, link in enumerate(self.links) if link.site == site}
+
+    def away(self):
+        return set()
+
+    def finish(self, timeout_s, without):
+        return True
+
     def flush(self):
         pass
 
     def durable(self, oldest):
-        pass
+        self.oldest = oldest
 
 
 @functools.cache
@@ -136,7 +153,7 @@ class Site:
         self.notes = []
         self.rounds, self.hub, self.steps = Rounds(section, places, exchange), hub, steps
         self.batches = build_batches(cfg.data, corpus, run.mesh, cfg.seed, (site, hub.sites))
-        self.first, self.saves, self.metrics = 0, {}, []
+        self.first, self.saves, self.metrics, self.taken = 0, {}, [], []
         with jax.set_mesh(run.mesh):
             if saved:
                 tree, meta, self.first = saved
@@ -147,7 +164,7 @@ class Site:
                 self.state = jax.device_put(start, shardings)
                 self.rounds.begin(self.state)
         if workdir:
-            self.rounds.log.open(workdir, self.first, self.notes.append)
+            self.rounds.log.open(workdir, self.rounds.applied_rounds(), self.notes.append)
 
     def train(self, until=None, before=lambda site, step: None, stop=lambda: None, save=()):
         """Trains up to a step; `before` is called before the rounds of each step."""
@@ -161,7 +178,7 @@ class Site:
                 before(self, step)
                 step = self._exchange(step, stop)
                 if step in save:
-                    tree, meta = add_outer_state(self.rounds, self.state, step, [])
+                    tree, meta = add_outer_state(self.rounds, self.state, step, [], 1)
                     self.saves[step] = jax.device_get(tree), meta, step
         return self
 
@@ -169,6 +186,7 @@ class Site:
         """Does what jaxtrain.training.loop does after a step."""
         self.state, new_step = self.rounds.after_step(self.state, step, stop, nullcontext)
         self.metrics += self.rounds.log.take_metrics()
+        self.taken += [new_step] if self.rounds.took_over else []
         if new_step != step:
             self.batches.restore(self.batches.state() | {"step": new_step})
         return new_step

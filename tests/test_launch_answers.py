@@ -8,10 +8,11 @@ import time
 import pytest
 from local_client import LocalClient
 
+from launch.answers import mismatch
 from launch.host.facts import gather_facts
 from launch.inventory import Host
 from launch.network import NetworkAgents
-from launch.preflight import format_findings, preflight
+from launch.preflight import Finding, format_findings, preflight
 from launch.prepare import build_environments
 from launch.ssh import HostError, SshClient
 
@@ -71,11 +72,13 @@ WRONG = [
     ("gpus.0.memory_mib", -1),
     ("versions", ["jax"]),
     ("versions.jax", 1),
+    ("versions.jax", "1\nok    jax"),
     ("open_files", [5]),
     ("open_files", ["many", "more"]),
     ("memory_bytes", "8 GiB"),
     ("disk_free_bytes", float("nan")),
     ("shm_bytes", 10**30),
+    ("shm_bytes", 10**400),
     ("cpus", True),
     ("proxies", {"a": 1}),
     ("interfaces", {"lo": "127.0.0.1"}),
@@ -102,7 +105,23 @@ def test_a_fact_of_another_type_or_beyond_its_range_is_refused(facts, place, val
     assert re.search(rf"{place.replace('.0', '.*')}.* must be ", found["a"]), found
 
 
-@pytest.mark.parametrize("clock", [{"time": float("nan")}, {"time": "now"}, {"time": 1e300}, {}])
+def test_the_name_of_a_package_cannot_look_like_lines_of_the_launcher(facts):
+    found = problems([facts | {"versions": {"x\nlaunch: run this": "1"}}, *CLOCK])
+    assert "a key of its answer.versions must be" in found["a"]
+    table = format_findings([Finding("a", "x\nlaunch: run this", "1")])
+    assert table == r"ok    x\nlaunch: run this 1"
+
+
+def test_a_value_that_is_nested_too_deeply_is_refused():
+    value = []
+    for _ in range(100_000):
+        value = [value]
+    assert mismatch(value, int, "x") == "x must be an integer; got something nested too deeply"
+
+
+@pytest.mark.parametrize(
+    "clock", [{"time": float("nan")}, {"time": 10**400}, {"time": "now"}, {"time": 1e300}, {}]
+)
 def test_a_clock_that_is_no_time_is_refused(facts, clock):
     assert "time" in problems([facts, *(3 * [clock])])["a"]
 
@@ -144,7 +163,14 @@ def test_a_host_cannot_measure_in_the_name_of_another_pair():
 
 @pytest.mark.parametrize(
     "built",
-    [[], {}, {"python": "/x", "versions": 3}, {"python": ["/x"], "versions": {"jax": "1"}}],
+    [
+        [],
+        {},
+        {"python": "/x", "versions": 3},
+        {"python": ["/x"], "versions": {"jax": "1"}},
+        {"python": "/x", "versions": {"x\nlaunch: y": "1"}},
+        {"python": "/x", "versions": {"x": "1\nlaunch: y"}},
+    ],
 )
 def test_an_answer_about_built_packages_that_has_no_meaning_is_refused(built):
     class Odd(SshClient):

@@ -1,6 +1,7 @@
 """Follows jobs whose only host is this machine, without sshd."""
 
 import json
+import shlex
 import sys
 import time
 
@@ -9,12 +10,13 @@ from local_client import LocalClient
 from quick_hosts import quick_hosts
 
 from launch import follow as follow_lib
-from launch import operate
+from launch import follower, operate
 from launch.host import log, processes
 from launch.host.restart_policy import Policy
 from launch.inventory import Host
 from launch.job import PYTHON, Job
 from launch.ssh import HostError
+from launch.stop import stop_request
 
 pytestmark = pytest.mark.usefixtures("quick")
 ENDED = {"outcome": {"code": 0, "why": "done", "attempts": 1}}
@@ -49,6 +51,31 @@ def host_folder(job, tmp_path):
 def follow(job, read_only=False, client=LocalClient):
     with follow_lib.JobMonitor(client(job.hosts), job, read_only=read_only) as monitor:
         return monitor.run()
+
+
+RELAY = """
+import os, subprocess, sys, time
+left, host = {most}, subprocess.Popen(sys.argv[1], shell=True, stdout=subprocess.PIPE)
+while left and (data := os.read(host.stdout.fileno(), min(left, {size}))):
+    time.sleep({pause_s})
+    os.write(1, data)
+    left -= len(data)
+time.sleep(0 if left else 60)
+"""
+
+
+def slow_link(size=1 << 16, pause_s=0.0, most=1 << 30):
+    """Returns a client whose host sends `size` bytes every pause_s, and is silent after `most`."""
+    relay = shlex.quote(RELAY.format(size=size, pause_s=pause_s, most=most))
+    return type("Slow", (LocalClient,), {"command": f'exec python3 -c {relay} "$2"'})
+
+
+def end_with_log(host_folder, size):
+    """Writes a log of this size for a job that has ended; returns it."""
+    text = b"".join(b"%d %s\n" % (i, b"x" * 9_000) for i in range(size // 9_000))
+    log.Log(host_folder / "log").write(text)
+    (host_folder / "status.json").write_text(json.dumps(ENDED))
+    return text
 
 
 def start(job, **policy):
@@ -119,7 +146,7 @@ def test_a_job_that_was_killed_at_its_start_cannot_be_started_again(job):
     job.record["argv"] = ["sleep", "60"]
     assert start(job) == {"started": True}
     assert start(job) == {"started": False}
-    stop = operate.stop_request(job, "not all hosts started", kill=True)
+    stop = stop_request(job, "not all hosts started", kill=True)
     assert client.call(host, stop) == {"known": True, "left": []}
     assert start(job) == {"started": False}
     assert follow(job)["why"] == "not all hosts started" and not processes.marked(job.id)
@@ -140,11 +167,11 @@ def test_a_host_refuses_a_second_job_that_writes_to_the_same_run_directory(job, 
         start_in(str(tmp_path / "link" / "runs" / "a"))
     second, answer = start_in("runs/b")
     assert answer == {"started": True}
-    client.call(host, operate.stop_request(first, "", kill=True))
+    client.call(host, stop_request(first, "", kill=True))
     third, answer = start_in("runs/a")
     assert answer == {"started": True}
     for running in (second, third):
-        client.call(host, operate.stop_request(running, "", kill=True))
+        client.call(host, stop_request(running, "", kill=True))
 
 
 def test_a_program_whose_exit_status_is_that_of_a_failed_worker_runs_once(job, capsys):
@@ -183,27 +210,8 @@ def test_a_host_that_answers_only_errors_is_reported_as_unreachable(
             monitor.report_absent_hosts()
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        b"",
-        b"[]",
-        b"3",
-        b"{}",
-        b'{"at": -1, "bytes": 4}',
-        b'{"at": 0, "bytes": 99999999999}',
-        b'{"at": 0, "bytes": true}',
-        b'{"status": [], "alive": true, "known": true}',
-        b'{"status": {}, "alive": 1, "known": true}',
-    ],
-)
-def test_a_header_that_no_host_of_ours_sends_is_refused(line):
-    with pytest.raises(ValueError):
-        follow_lib.read_header(line)
-
-
 def test_a_bug_in_a_follower_ends_the_monitor(job, host_folder, monkeypatch):
-    monkeypatch.setattr(follow_lib, "read_header", lambda line: {}["a bug"])
+    monkeypatch.setattr(follower, "read_header", lambda line: {}["a bug"])
     with pytest.raises(HostError, match="a: cannot be followed: KeyError"):
         follow(job)
 
@@ -257,3 +265,80 @@ def test_a_stray_file_among_a_hosts_jobs_does_not_keep_a_job_from_starting(job, 
     job.record["argv"].append("--workdir=x")
     assert start(job)["started"]
     assert follow(job)["code"] == 0
+
+
+def test_the_whole_log_of_an_ended_job_arrives_over_a_link_slower_than_printing(
+    job, host_folder, capsys
+):
+    text = end_with_log(host_folder, 3 << 20)
+    assert follow(job, client=slow_link(1 << 16, 0.02))["code"] == 0
+    assert job.log(job.hosts[0]).read_bytes() == text
+    assert capsys.readouterr().out == "".join(
+        f"a | {line}\n" for line in text.decode().split("\n")[:-1]
+    )
+
+
+def test_a_link_that_takes_longer_than_the_limit_for_a_part_of_the_log_is_not_silent(
+    job, host_folder, monkeypatch
+):
+    text = end_with_log(host_folder, log.READ_BYTES)
+    monkeypatch.setattr(follower, "SILENT_S", 1.5)
+    assert follow(job, client=slow_link(4096, 0.15))["code"] == 0
+    assert job.log(job.hosts[0]).read_bytes() == text
+
+
+def test_a_host_that_stops_within_a_part_of_the_log_is_reported(
+    job, host_folder, monkeypatch, capsys
+):
+    end_with_log(host_folder, 1 << 17)
+    monkeypatch.setattr(follower, "SILENT_S", 1.0)
+    monkeypatch.setattr(follow_lib, "AWAY_S", 1.1)
+    with follow_lib.JobMonitor(slow_link(most=30_000)(job.hosts), job) as monitor:
+        deadline, err = time.monotonic() + 15, ""
+        while "a: unreachable from here" not in err:
+            assert time.monotonic() < deadline
+            assert monitor.print_new(0.1) is None
+            err += capsys.readouterr().err
+
+
+def test_a_log_that_nobody_prints_takes_little_memory_and_its_lease_is_renewed(
+    job, host_folder, monkeypatch, capsys
+):
+    text, lease = end_with_log(host_folder, 2 << 20), host_folder / "lease"
+    lease.touch()
+    monkeypatch.setattr(follow_lib, "EVENTS", 2)
+    monkeypatch.setattr(follower, "RENEW_S", 0.1)
+    monkeypatch.setattr(follower, "SILENT_S", 1.0)
+    with follow_lib.JobMonitor(LocalClient(job.hosts), job) as monitor:
+        [host], deadline = monitor.followers, time.monotonic() + 20
+        while not monitor.events.full():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        stream, since = host._process, time.time()
+        while lease.stat().st_mtime < since + 1.5:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert monitor.events.qsize() == 2 and host._process is stream
+        assert monitor.run()["code"] == 0 and host._process is stream
+    assert capsys.readouterr().out.count("\n") == text.count(b"\n")
+
+
+def test_lines_that_ctrl_c_keeps_from_being_printed_are_printed_after_it(
+    job, host_folder, monkeypatch, capsys
+):
+    end_with_log(host_folder, 90_000)
+    print_text, shown = follow_lib.print_text, []
+
+    def print_or_interrupt(text):
+        shown.append(text)
+        if len(shown) == 4:
+            raise KeyboardInterrupt
+        print_text(text)
+
+    monkeypatch.setattr(follow_lib, "print_text", print_or_interrupt)
+    with follow_lib.JobMonitor(LocalClient(job.hosts), job) as monitor:
+        with pytest.raises(KeyboardInterrupt):
+            monitor.run()
+        monitor.run()
+    printed = [line.split()[2] for line in capsys.readouterr().out.splitlines()]
+    assert printed == [str(i) for i in range(10)]

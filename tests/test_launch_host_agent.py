@@ -1,3 +1,4 @@
+import errno
 import socket
 import threading
 
@@ -32,3 +33,27 @@ def test_counting_the_bytes_of_an_unknown_interface_is_an_error():
     assert min(agent.wire_bytes("lo")) >= 0
     with pytest.raises(OSError, match="got 'eth99'. Correct --hosts"):
         agent.wire_bytes("eth99")
+
+
+def test_peers_are_served_after_strangers_had_used_up_the_descriptors(monkeypatch):
+    monkeypatch.setattr(agent, "STRANGER_S", 0.1)
+    token = b"a" * 32
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        ours, silent = (socket.create_connection(listening.getsockname()) for _ in range(2))
+        theirs, stranger = (listening.accept()[0] for _ in range(2))
+    turns = [OSError(errno.EMFILE, "Too many open files"), stranger, theirs, SystemExit()]
+
+    class Server:
+        def accept(self):
+            turn = turns.pop(0)
+            if isinstance(turn, BaseException):
+                raise turn
+            return turn, None
+
+    with ours, silent:
+        ours.sendall(agent.HEADER.pack(token, agent.PING, 0) + b"x")
+        with pytest.raises(SystemExit):
+            agent._accept_peers(Server(), token)
+        for sock, received in ((ours, b"x"), (silent, b"")):
+            sock.settimeout(5)
+            assert sock.recv(1) == received  # b"": closed

@@ -11,7 +11,7 @@ import pytest
 from local_client import LocalClient
 from quick_hosts import quick_hosts
 
-from launch import operate
+from launch import operate, stop
 from launch.host import processes, requests
 from launch.host.exit_codes import STOPPED
 from launch.host.restart_policy import NOW, Policy
@@ -66,10 +66,10 @@ class Running:
 def start(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
     started = []
-    with quick_hosts(ranks={"MARGIN_S": 0.5}, requests={"NOW_S": 0.5}):
+    with quick_hosts(ranks={"MARGIN_S": 0.5}, stopping={"NOW_S": 0.5}):
         yield lambda **policy: started.append(Running(tmp_path, **policy)) or started[-1]
     for running in started:
-        request = operate.stop_request(running.job, "the test is over", kill=True)
+        request = stop.stop_request(running.job, "the test is over", kill=True)
         running.client.call(running.host, request)
         if running.pipe is not None:
             os.close(running.pipe)
@@ -78,12 +78,13 @@ def start(tmp_path, monkeypatch):
 def test_stop_now_kills_the_ranks_of_a_stopped_supervisor_and_status_names_it(
     start, monkeypatch, capsys
 ):
-    monkeypatch.setattr(operate, "connect", lambda job: LocalClient(job.hosts))
+    for module in (operate, stop):
+        monkeypatch.setattr(module, "connect", lambda job: LocalClient(job.hosts))
     running = start()
     running.wait(lambda: processes.read_stat(running.worker).state == "T")
     operate.status([running.job], as_json=False)
     assert "STOPPED" in (shown := capsys.readouterr().out) and "has stopped its supervisor" in shown
-    assert operate.stop([running.job], now=True) == 0
+    assert stop.stop([running.job], now=True) == 0
     assert not processes.marked(running.job.id) and not processes.is_alive(running.worker)
     assert running.status()["outcome"] == {"code": STOPPED, "why": NOW}
     assert not requests.has_supervisor(running.folder)

@@ -182,7 +182,7 @@ def test_if_all_ranks_report_the_same_error_the_cause_is_the_process_that_it_nam
 
 
 def test_a_stop_saves_if_there_is_something_to_save_and_kills_otherwise():
-    for step, do in ((5, "term"), (0, "kill")):
+    for step, do in ((5, "term"), (0, "end")):
         scenario = Scenario()
         scenario.step = step
         scenario.advance(2)
@@ -273,9 +273,9 @@ def test_a_stop_without_a_save_overrides_one_with_a_save_but_not_vice_versa():
     scenario.extra[0] = {"stop": "the operator asked"}
     assert scenario.advance(2)["do"] == "term"
     scenario.extra[1] = {"stop": "now"}
-    assert scenario.advance(1)["do"] == "kill"
-    scenario.extra[1] = {}
-    assert scenario.advance(1)["do"] == "kill"
+    assert scenario.advance(1)["do"] == "end"
+    scenario.ranks[0] = {"code": KILLED}  # as all others are soon
+    assert scenario.advance(3)["outcome"]["code"] == STOPPED and not scenario.causes()
 
 
 def test_a_cause_includes_the_decisive_lines_and_advice():

@@ -4,6 +4,7 @@ import pytest
 from local_client import begin_job
 
 from launch import compare, probe, run, slo, summary
+from launch.job import Job
 
 
 @pytest.fixture
@@ -32,6 +33,15 @@ def test_a_job_that_cannot_be_read_is_one_line(job, capsys, tmp_path, monkeypatc
     monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs" / "stray"))
     assert run.main(["status"]) == 1
     assert "JAXTRAIN_JOBS must be a folder" in capsys.readouterr().err
+
+
+def test_two_terminals_that_change_a_record_keep_each_others_changes(job):
+    other = Job(job.id)
+    job.change(folders={"a": "code"})
+    other.change(stopped="the operator asked")
+    job.change(outcome=None)
+    assert Job(job.id).record["folders"] == {"a": "code"} == other.record["folders"]
+    assert job.record["stopped"] == job.stop_reason() == "the operator asked"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 import pytest
 
-from launch.log_copy import LogCopy
+from launch.log_copy import LogCopy, read_header
 
 
 @pytest.fixture
@@ -67,3 +67,24 @@ def test_the_tail_is_found_in_the_older_part_just_after_the_copy_was_cut(tmp_pat
     assert (tmp_path / "log").read_bytes() == b"c"
     reopened = LogCopy(tmp_path / "log", limit_bytes=200)
     assert reopened.tail() == b"a" * 60 + b"b" * 60 + b"c" and reopened.read(58, 4) == b"aabb"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"[]",
+        b"3",
+        b"{}",
+        b'{"at": -1, "bytes": 4}',
+        b'{"at": 4611686018427387904, "bytes": 4}',
+        b'{"at": 0, "bytes": 99999999999}',
+        b'{"at": 0, "bytes": true}',
+        b'{"at": 0, "bytes": 4, "status": {}, "alive": true, "known": true}',
+        b'{"status": [], "alive": true, "known": true}',
+        b'{"status": {}, "alive": 1, "known": true}',
+    ],
+)
+def test_a_header_that_no_host_of_ours_sends_is_refused(line):
+    with pytest.raises(ValueError):
+        read_header(line)

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import tomllib
 import zipfile
@@ -9,6 +10,7 @@ from launch.host.restart_policy import Policy
 from launch.inventory import Host
 from launch.job import TRAINER, Job
 from launch.prepare import (
+    _check_summary,
     build_environments,
     judge_data,
     judge_directories,
@@ -146,8 +148,29 @@ def test_constraints_that_are_no_text_are_refused_by_their_flag(tmp_path):
         read_constraints(str(tmp_path / "constraints"))
 
 
-@pytest.mark.parametrize("summary", [[], {}, {"fingerprint": 1}])
-def test_a_summary_of_the_data_that_has_no_meaning_is_a_finding(tmp_path, monkeypatch, summary):
+RIGHT = {"files": 1, "bytes": 2, "fingerprint": "a" * 32, "workdir": "/runs/a"}
+OWNER = {"pid": 7, "host": "h", "start": "2026-11-26 12:00:00 UTC", "job": "1126-120000-9f3c.ny"}
+
+
+@pytest.mark.parametrize(
+    "summary",
+    [
+        [],
+        {},
+        {"fingerprint": 1},
+        RIGHT,
+        RIGHT | {"owner": {}, "bytes": 10**400},
+        RIGHT | {"owner": OWNER | {"job": "x; rm -rf ~"}},
+        RIGHT | {"owner": OWNER | {"job": "-x"}},
+        RIGHT | {"owner": OWNER | {"pid": "7; reboot"}},
+        RIGHT | {"owner": OWNER | {"host": "h): run `reboot"}},
+        RIGHT | {"owner": OWNER | {"start": "now\n"}},
+        RIGHT | {"owner": {"pid": 7}},
+    ],
+)
+def test_a_summary_of_the_data_that_has_no_meaning_is_a_finding(
+    tmp_path, monkeypatch, capsys, summary
+):
     monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path))
     record = {"argv": ["python", "-m", TRAINER], "env": {}, "ranks_per_host": 1}
     job = Job.create(HOSTS[:1], Policy(), "", **record, folders={"a": "/code"})
@@ -158,3 +181,12 @@ def test_a_summary_of_the_data_that_has_no_meaning_is_a_finding(tmp_path, monkey
 
     with pytest.raises(HostError, match="preflight: nothing was started"):
         prepare(Odd(HOSTS[:1]), job, Code(tmp_path, [], "", "", ""))
+    assert re.search("a: its answer.* must be ", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("owner", [OWNER, OWNER | {"job": ""}, OWNER | {"boot": "x", "run": None}])
+def test_a_summary_with_an_owner_names_its_job_or_its_process(owner):
+    _check_summary(HOSTS[0], RIGHT | {"owner": owner})
+    [finding] = judge_directories({HOSTS[0]: RIGHT | {"owner": owner}})
+    assert ("stop 1126-120000-9f3c.ny" if owner["job"] else "kill 7") in finding.problem
+    _check_summary(HOSTS[0], RIGHT | {"owner": {}})

@@ -9,7 +9,9 @@ from local_client import LocalClient
 from run_directories import series, write_run
 
 from launch import pull, summary
+from launch.host.log import TAIL_BYTES
 from launch.host.restart_policy import Policy
+from launch.host.run_files import read_changes
 from launch.inventory import Host
 from launch.job import Job
 from launch.pull import RunCopy
@@ -66,7 +68,7 @@ def test_what_a_host_sends_is_bounded(tmp_path, monkeypatch, files, message):
     class Hostile(LocalClient):
         def call(self, host, request, timeout_s=60.0):
             parts = {
-                name: {"inode": 1, "at": at, "base64": base64.b64encode(data).decode()}
+                name: {"inode": 1, "at": at, "base64": base64.b64encode(data).decode(), "tail": 0}
                 for name, (at, data) in files.items()
             }
             return {"more": True, "over": True, "files": parts}
@@ -81,6 +83,33 @@ def test_a_run_of_more_bytes_than_any_real_one_is_refused(tmp_path, monkeypatch)
     host = Host("a", "127.0.0.1")
     record = {"argv": ["--config.workdir=x"], "env": {}, "ranks_per_host": 1}
     source = RunCopy(Job.create([host], Policy(), "", **record, folders={}).id)
-    held = {"metrics.jsonl": [1, 8 << 30]}
+    held = {"metrics.jsonl": [1, 8 << 30, 0]}
     with pytest.raises(HostError, match="at most 4,100 files and 8,589,934,592 bytes"):
         source._check(host, held, "metrics.jsonl", 8 << 30, b"x")
+
+
+def test_a_file_that_was_replaced_is_copied_whole_even_if_its_inode_is_the_same(
+    tmp_path, monkeypatch
+):
+    """File systems reuse inodes; here each file is rewritten in place, which keeps its inode."""
+    monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
+    host = Host("a", "127.0.0.1", python=sys.executable, workdir=str(tmp_path / "host"))
+    run = tmp_path / "run"
+    record = {"argv": [f"--config.workdir={run}"], "env": {}, "ranks_per_host": 1}
+    source = RunCopy(Job.create([host], Policy(), "", **record, folders={}).id)
+
+    class Direct(LocalClient):
+        def call(self, host, request, timeout_s=60.0):
+            return {"over": False} | read_changes(run, request["have"], request["skip"])
+
+    source.client = Direct([host])
+    (run / "hosts").mkdir(parents=True)
+    end = '"end": 1}' + " " * TAIL_BYTES  # the same in both
+    for number in (1, 2):
+        written = {"metrics.jsonl": f'{{"step": {number}}}\n' * 100 * number}
+        written["hosts/0.jsonl"] = f'{{"step": {number}}}\n' * 100  # of the same length
+        written["summary.json"] = f'{{"state": {number}, {end}'
+        for name, text in written.items():
+            (run / name).write_text(text)
+        source.fetch()
+        assert {name: (source.folder / name).read_text() for name in written} == written

@@ -33,7 +33,7 @@ for step in range(1, int(sys.argv[1]) + 1):
 # In place of jaxtrain.data.quick_fingerprint: the last flag is the data.
 FINGERPRINT = """
 import json, sys
-found = {"files": 1, "bytes": 1, "fingerprint": sys.argv[-1], "workdir": "/root/run", "owner": None}
+found = {"files": 1, "bytes": 1, "fingerprint": sys.argv[-1], "workdir": "/root/run", "owner": {}}
 print(json.dumps(found))
 """
 needs_bed = pytest.mark.skipif(bool(beds.available()), reason=beds.available())

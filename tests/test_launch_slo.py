@@ -239,6 +239,14 @@ def test_a_figure_that_the_run_did_not_measure_is_a_breach(tmp_path, recorded, c
     assert code == 1 and "BREACH: effective bandwidth" in out and "(not measured)" in out
 
 
+def test_a_record_names_the_figures_that_not_every_run_measured(tmp_path, capsys):
+    runs = [write_run(tmp_path / str(i), series(60, seed=i)) for i in range(3)]
+    text = (runs[1] / "metrics.jsonl").read_text().replace("comm/effective", "comm/other")
+    (runs[1] / "metrics.jsonl").write_text(text)
+    printed = run("record", *runs, f"--out={tmp_path}/base.json", capsys=capsys)[1]
+    assert "not recorded, as not every run measured it: effective bandwidth\n" in printed
+
+
 def test_a_breach_of_a_figure_that_was_not_measured_can_be_sent(recorded, monkeypatch, tmp_path):
     run = read_run(write_run(tmp_path / "again", series(200)))
     sent = []

@@ -22,6 +22,8 @@ def job(tmp_path, monkeypatch):
         {"outcome": "done"},
         {"outcome": {"code": 0}},
         {"outcome": {"code": "\x1b]0;title\x07", "why": "done"}},
+        {"outcome": {"code": 10**400, "why": "done"}},
+        {"outcome": {"code": 0, "why": "done", "attempts": "3\n"}},
     ],
 )
 def test_an_outcome_that_is_no_exit_status_is_refused(job, capsys, monkeypatch, status):
@@ -48,6 +50,9 @@ def test_a_header_that_is_nested_too_deeply_has_no_meaning():
         ({"outcome": {"code": 0, "why": "x\nb  attempt 1"}}, "x\n    b  attempt 1"),
         ({"report": {"ranks": [{}]}}, "no meaning"),
         ({"alive": True, "age_s": "old"}, "no meaning"),
+        ({"alive": True, "age_s": 10**400}, "no meaning"),
+        ({"report": [], "attempt": 10**400}, "no meaning"),
+        ({"report": {"ranks": [RANK | {"ratios": {"data": 10**400}}]}}, "no meaning"),
         ({"alive": True, "age_s": 7.0}, "supervised     idle (7 s ago)"),
         ({"alive": True, "age_s": 16.0}, "SILENT         its supervisor hangs, and is"),
         ({"report": {"ranks": [RANK]}}, "rank 1 step 40 train (STRAGGLER in data; data 1.95x)"),
@@ -64,6 +69,16 @@ def test_a_hosts_status_takes_one_line_or_is_indented(job, capsys, monkeypatch, 
     monkeypatch.setattr(operate, "connect", lambda job: Odd(job.hosts))
     assert operate.status([job], as_json=False) == 0
     assert shown in capsys.readouterr().out
+
+
+def test_a_host_cannot_give_the_status_of_another(job, capsys, monkeypatch):
+    class Forger(LocalClient):
+        def call(self, host, request, timeout_s=60.0):
+            return {"host": "b", "processes": []}
+
+    monkeypatch.setattr(operate, "connect", lambda job: Forger(job.hosts))
+    assert operate.status([job], as_json=True) == 0
+    assert json.loads(capsys.readouterr().out) == {"host": "a", "processes": []}
 
 
 def test_what_a_host_says_of_the_end_cannot_look_like_a_line_of_the_launcher(job, capsys):

@@ -27,8 +27,8 @@ def _round(number, applied=None, **changes):
     return dataclasses.replace(entry, **changes)
 
 
-def _write(folder, resume_step, *entries):
-    book = Ledger(folder, resume_step)
+def _write(folder, applied, *entries):
+    book = Ledger(folder, [applied])
     differences = [book.write(entry) for entry in entries]
     book.close()
     return book, differences
@@ -44,17 +44,24 @@ def test_rounds_are_read_back_as_they_were_written(tmp_path):
 def test_a_resumed_run_replays_the_rounds_after_its_checkpoint_even_if_it_crashes_again(tmp_path):
     entries = [_round(number) for number in range(1, 6)]
     _write(tmp_path, 0, *entries)
-    book, _ = _write(tmp_path, 26, entries[2])  # round 2 was applied after step 25
+    book, _ = _write(tmp_path, 2, entries[2])
     assert book.replay == {(0, n): entries[n - 1] for n in (3, 4, 5)}
     # It crashed after round 3; the next attempt starts from an even older checkpoint.
-    assert split_ledger(tmp_path, 15)[0] == {(0, n): entries[n - 1] for n in (2, 3, 4, 5)}
-    book, _ = _write(tmp_path, 15)
+    assert split_ledger(tmp_path, [1])[0] == {(0, n): entries[n - 1] for n in (2, 3, 4, 5)}
+    book, _ = _write(tmp_path, 1)
     assert book.replay == {(0, n): entries[n - 1] for n in (2, 3, 4, 5)}
     assert read_ledger(tmp_path / ledger.FILE) == entries[:1]
     # A checkpoint that was stored by another process of the replay covers more rounds.
-    book, _ = _write(tmp_path, 36)
+    book, _ = _write(tmp_path, 3)
     assert read_ledger(tmp_path / ledger.FILE) == entries[:3]
     assert list(book.replay) == [(0, 4), (0, 5)]
+
+
+def test_a_round_that_is_pending_in_the_checkpoint_of_its_step_is_replayed(tmp_path):
+    late = _round(1, applied=150)  # the run resumed from step 150, where it was pending, twice
+    _write(tmp_path, 0, late)
+    book, _ = _write(tmp_path, 0)
+    assert book.replay == {(0, 1): late} and read_ledger(tmp_path / ledger.FILE) == []
 
 
 @pytest.mark.parametrize("killed", ["between the two files", "in the middle of a line"])
@@ -75,9 +82,9 @@ def test_a_kill_while_the_ledger_is_truncated_or_written_loses_no_round(
 
         monkeypatch.setattr(ledger, "write_atomic", write_once)
         with pytest.raises(KeyboardInterrupt):
-            Ledger(tmp_path, 15)
+            Ledger(tmp_path, [1])
         monkeypatch.setattr(ledger, "write_atomic", write)
-    book, _ = _write(tmp_path, 15)
+    book, _ = _write(tmp_path, 1)
     assert list(book.replay.values()) == entries[1:]
     assert read_ledger(tmp_path / ledger.FILE) == entries[:1]
 
@@ -85,7 +92,7 @@ def test_a_kill_while_the_ledger_is_truncated_or_written_loses_no_round(
 def test_a_replayed_round_that_differs_is_named_with_what_differs(tmp_path):
     _write(tmp_path, 0, _round(1), _round(2), _round(3))
     again = [_round(2, seconds=9.0, wire_bytes=(1, 1)), _round(3, participants=("a",))]
-    book, (same, different) = _write(tmp_path, 15, *again)
+    book, (same, different) = _write(tmp_path, 1, *again)
     assert same == ""
     assert "round 3 of fragment 0 on: participants ('a', 'b'), now ('a',)" in different
 
@@ -112,4 +119,4 @@ def test_an_invalid_line_is_refused_by_file_line_and_field(tmp_path, change, mes
     first, second = path.read_text().splitlines()
     path.write_text(f"{first}\n{json.dumps(json.loads(second) | change)}\n")
     with pytest.raises(ValueError, match=f"line 2: {message}"):
-        Ledger(tmp_path, 15)
+        Ledger(tmp_path, [1])

@@ -2,31 +2,35 @@
 
 import concurrent.futures
 import time
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from sites_in_memory import Hub, Site, arrive_in_time, build
-from sites_scene import Scene, wait_until
+from sites_scene import Proxy, Scene, wait_until
 
 import runs
-from jaxtrain.sites.decisions import NEVER, Decider, Decision, View, decide
+from jaxtrain.config.run_sections import SitesConfig
+from jaxtrain.sites import channel
+from jaxtrain.sites.decisions import Decider, Decision, View, decide
+from jaxtrain.sites.errors import SiteLeftOut
 from jaxtrain.sites.ledger import DECIDED, read_ledger
-from jaxtrain.sites.rejoin import find_admission
-from jaxtrain.sites.round import Outer
+from jaxtrain.sites.rejoin import Return, find_admission
+from jaxtrain.sites.round import Outer, Pending
 
 STEPS, PERIOD = 24, 4
 BOTH, ONE = ("site0", "site1"), ("site0",)
 VALUES = dict(period=PERIOD, rate=0.7, momentum=0.6, on_loss="fewer", lost_s=1.0)
 
 
-def view(complete=(), lost=(), asking=None):
-    return View(tuple(complete), tuple(lost), asking or {})
+def view(complete=(), lost=(), requests=()):
+    return View(tuple(complete), tuple(lost), tuple(requests))
 
 
 def test_a_round_is_open_until_each_site_has_sent_its_code_or_is_lost_at_a_process():
-    nobody = {1: NEVER, 2: NEVER}
-    given = lambda *views, before=None: decide(3, views, before, nobody)
+    given = lambda *views, before=None: decide(3, views, before, set(), set())
     assert given(view([1, 2]), view([1, 2])) == Decision((0, 1, 2))
     assert given(view([1, 2]), view([1])) is None  # a process lacks a part of site 2's code
     assert given(view([1, 2]), view([1], [2])) == Decision((0, 1))
@@ -35,14 +39,34 @@ def test_a_round_is_open_until_each_site_has_sent_its_code_or_is_lost_at_a_proce
     assert given(view([1, 2], [2]), view([1, 2], [2])) == Decision((0, 1, 2))
 
 
-def test_a_site_that_was_left_out_is_not_waited_for_until_it_asks_and_is_admitted_once():
-    before, admitted_at = Decision((0,)), {1: NEVER}
-    assert decide(2, [view()], before, admitted_at) == Decision((0,))
-    # One of the leader's processes is enough to know that it asks.
-    asking = [view(), view(asking={1: 3})]
-    assert decide(2, asking, before, admitted_at) == Decision((0,), (1,))
-    assert decide(2, asking, Decision((0,), (1,)), {1: 4}) is None  # its code is waited for
-    assert decide(2, [view([1], asking={1: 3})], Decision((0,), (1,)), {1: 4}) == Decision((0, 1))
+def test_a_site_is_not_waited_for_from_when_it_is_left_out_or_asks_until_it_has_all_states(
+    tmp_path,
+):
+    """A site without the states of all fragments sends no code, so waiting for it has no end."""
+    left_out, admitted = Decision((0,)), Decision((0,), (1,))
+    assert decide(2, [view()], left_out, set(), set()) == left_out
+    decider = Decider(2, tmp_path, 0, 1, None, 0.1)
+    given = lambda f, round_, *places: decider.decide(
+        f, round_, view(requests=[(1, *place) for place in places])
+    )
+    asks = [(0, 13), (1, 13)]
+    assert given(0, 13, *asks) == given(1, 13, *asks) == admitted
+    assert given(0, 14, *asks) is None  # it has all states: its code is waited for
+    asks += [(0, 14)]  # it was left out again, of fragment 0, and its other request is under way
+    assert given(1, 14, *asks) is None  # the other request should be here soon
+    time.sleep(0.1)
+    assert given(1, 14, *asks) == left_out and given(0, 14, *asks) == admitted
+    asks += [(1, 14)]
+    assert given(1, 15, *asks) == admitted and given(1, 16, *asks) is None
+    decider.close()
+
+
+def test_the_leader_learns_from_one_of_its_processes_who_asks_for_a_state(tmp_path):
+    store = Store()
+    first, second = (Decider(2, tmp_path, process, 2, store, 60.0) for process in range(2))
+    assert second.decide(0, 1, view(requests=[(1, 0, 1)])) is None
+    assert first.decide(0, 1, view()) == Decision((0,), (1,))
+    first.close()
 
 
 class Store(dict):
@@ -57,7 +81,7 @@ class Store(dict):
 def test_the_leaders_processes_agree_and_decide_the_same_after_a_restart(tmp_path):
     def start():
         store = Store()
-        return [Decider(3, tmp_path, process, 2, store) for process in range(2)]
+        return [Decider(3, tmp_path, process, 2, store, 60.0) for process in range(2)]
 
     first, second = start()
     assert first.decide(0, 1, view([1, 2])) is None  # the other process has not reported
@@ -84,6 +108,23 @@ def test_only_an_admission_after_the_newest_known_round_counts():
     assert find_admission({6: admitted, 7: left_out}, outer, 1) is None
 
 
+def test_a_site_that_lost_its_folder_after_a_return_is_admitted_again(tmp_path):
+    with Scene(tmp_path) as scene:
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "decisions.jsonl").write_text("[0, 12, [0], []]\n[0, 13, [0], [1]]\n")
+        a, b = (scene.start(name, lost_s=60.0, streams=1) for name in "ab")
+        a.send(0, 14, {0: b"a"}, 1, {})
+        b.send(0, 11, {0: b"b"}, 1, {})  # its checkpoint is older than its return
+        with pytest.raises(SiteLeftOut):
+            b.wait(0, 11, 10)
+        outer = [
+            Outer(*[np.zeros(0, np.float32)] * 3, round=11, pending=Pending(Future(), Future()))
+        ]
+        way = Return(SitesConfig(), SimpleNamespace(site=1), b, outer)
+        assert way.find_states() is None
+        assert a.wait(0, 14, 10).admitted == (1,)
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     text = runs.write_text(tmp_path_factory.mktemp("text"))
@@ -91,12 +132,12 @@ def built(tmp_path_factory):
 
 
 class Pair:
-    """Two sites with real connections, whose training runs in threads."""
+    """Two sites, or more, with real connections, whose training runs in threads."""
 
-    def __init__(self, built, folder, **values):
+    def __init__(self, built, folder, sites=2, **values):
         self.built, self.values, self.folder = built, VALUES | values, folder
-        self.scene, self.exchanges = Scene(folder), {}
-        self.pool = concurrent.futures.ThreadPoolExecutor(2)
+        self.scene, self.exchanges = Scene(folder, sites=sites), {}
+        self.pool = concurrent.futures.ThreadPoolExecutor(sites)
 
     def __enter__(self):
         return self
@@ -107,19 +148,19 @@ class Pair:
         self.pool.shutdown()
         self.scene.__exit__(*exc)
 
-    def start(self, name, saved=None, **train):
+    def start(self, name, saved=None, ports=None, **train):
         """Returns a site, and the future of its training."""
-        index = self.scene.names.index(name)
+        index, hub = self.scene.names.index(name), Hub(len(self.scene.names))
 
         def open_exchange(blocks):
             self.scene.blocks = tuple(blocks)
             lost_s = {"lost_s": self.values["lost_s"]}
-            self.exchanges[name] = self.scene.start(name, **lost_s)
+            self.exchanges[name] = self.scene.start(name, ports, **lost_s)
             return self.exchanges[name]
 
         workdir = self.folder / f"run_{name}"
         workdir.mkdir(exist_ok=True)
-        site = Site(self.built, Hub(2), index, STEPS, saved, workdir, open_exchange, **self.values)
+        site = Site(self.built, hub, index, STEPS, saved, workdir, open_exchange, **self.values)
         return site, self.pool.submit(site.train, **train)
 
     def ledger(self, name):
@@ -160,6 +201,7 @@ def test_a_lost_site_is_left_out_and_returns_with_the_same_weights(built, tmp_pa
         for x, y in zip(a.rounds.outer, again.rounds.outer, strict=True):
             assert (x.reference == y.reference).all() and (x.momentum == y.momentum).all()
         assert counts(a) == counts(again)  # the schedule of the learning rate depends on them
+        assert again.taken == [16]
         taken = pair.ledger("b")[1]
         assert (taken.round, taken.started_step, taken.applied_step) == (4, 8, 16)
         of_a = pair.ledger("a")[3]
@@ -202,6 +244,27 @@ def test_a_site_returns_to_delayed_fragments(built, tmp_path):
         assert (a.weights() == b.weights()).all()
         assert [note for note in b.notes if "took over the weights" in note]
         assert pair.ledger("a")[-1].participants == pair.ledger("b")[-1].participants == BOTH
+
+
+def test_two_sites_without_a_link_between_them_return_again_and_again_until_it_works(
+    built, tmp_path, monkeypatch
+):
+    """Each leaves the rounds that lack the other's code, and asks for the states of fragments."""
+    monkeypatch.setattr(channel, "PING_S", 0.1)
+    values = dict(sites=3, fragments=2, codec="int4", lost_s=2.0)
+    with Pair(built, tmp_path, **values) as trio:
+        proxy, limit = Proxy(trio.scene.ports["b"]), [0]  # it does not pass anything on yet
+        a, training_a = trio.start("a", before=pace(lambda: limit[0]))
+        b, training_b = trio.start("b")
+        c, training_c = trio.start("c", ports={"b": proxy.port})
+        returns = lambda site: sum("took over" in note for note in site.notes)
+        limit[0] = STEPS - 2 * PERIOD
+        assert wait_until(lambda: min(returns(b), returns(c)) >= 2, 60)
+        with proxy:
+            assert wait_until(lambda: trio.exchanges["b"].silent_s()[2] < 1, 30)
+            limit[0] = STEPS
+            training_a.result(60), training_b.result(60), training_c.result(60)
+        assert (a.weights() == b.weights()).all() and (a.weights() == c.weights()).all()
 
 
 def test_the_second_site_waits_if_it_does_not_hear_the_first_and_so_never_continues_alone(

@@ -1,3 +1,6 @@
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import optax
@@ -6,7 +9,11 @@ from sites_in_memory import Hub, Site, arrive_in_time, build, replace_batch, tra
 
 import runs
 from jaxtrain.sites.codec import NonFiniteDelta
+from jaxtrain.sites.errors import Disagreement
 from jaxtrain.sites.ledger import DECIDED, read_ledger
+from jaxtrain.sites.outer_state import add_outer_state
+from jaxtrain.sites.start import finish
+from jaxtrain.training.loop import Loop
 
 STEPS = 8
 
@@ -176,6 +183,34 @@ def test_a_run_that_is_resumed_in_the_middle_of_an_exchange_ends_with_the_same_b
     again = [Site(accelerated, hub, k, STEPS, first[k].saves.get(4), **values) for k in range(2)]
     train_together(again, before=arrive_in_time)
     assert [site.crc() for site in again] == [site.crc() for site in whole]
+
+
+def test_the_sites_compare_their_final_weights_at_the_end_of_the_run_only(accelerated):
+    a, b = train_together(pair(accelerated, period=4, fragments=2))
+    finish(a.rounds), finish(b.rounds)
+    a.rounds.outer[1].reference[0] += 1  # as if its last outer step had been wrong
+    with pytest.raises(Disagreement, match="fragment 1 those of site site1 have .* those of this"):
+        finish(a.rounds)
+    a.rounds.finished_step = STEPS // 2  # the run was extended, and stopped before its new end
+    finish(a.rounds)
+
+
+def test_codes_are_kept_for_the_newest_checkpoints_and_not_for_those_of_keep_every(accelerated):
+    site = Site(accelerated, Hub(2), 0, STEPS, period=2)
+    with site.rounds as rounds:
+        rounds.applied = {2: [1], 5: [2], 6: [3]}
+        add_outer_state(rounds, site.state, 7, [2, 5, 6], 2)
+        assert rounds.exchange.oldest == {0: 3}  # the checkpoint of step 5 needs round 3
+
+
+@pytest.mark.parametrize("took_over", [True, False])
+def test_a_checkpoint_is_saved_after_a_state_was_taken_over_also_at_the_same_step(took_over):
+    saved, log = [], SimpleNamespace(take_metrics=list)
+    rounds = SimpleNamespace(after_step=lambda *_: (None, 5), took_over=took_over, log=log)
+    Loop._exchange(
+        SimpleNamespace(rounds=rounds, state=None, _pause=nullcontext, _save=saved.append), 5
+    )
+    assert saved == [5] * took_over
 
 
 def test_weights_that_are_not_finite_are_not_sent_and_the_site_is_named(accelerated):

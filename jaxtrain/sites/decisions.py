@@ -9,7 +9,8 @@ A decision is on the leader's disk before anyone acts on it, so a restart decide
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -55,25 +56,29 @@ class View(NamedTuple):
     Attributes:
         complete: sites whose code is here.
         lost: sites that have not been heard for too long.
-        asking: {site: newest round in which it asked for the outer state}.
+        requests: (site, fragment, round) of each request for the outer state of any fragment.
     """
 
     complete: tuple[int, ...]
     lost: tuple[int, ...]
-    asking: dict[int, int]
+    requests: tuple[tuple[int, int, int], ...]
 
     def to_text(self) -> str:
-        return json.dumps([self.complete, self.lost, list(self.asking.items())])
+        return json.dumps(self)
 
 
 def parse_view(text: str) -> View:
     """Inverts View.to_text."""
-    complete, lost, asking = json.loads(text)
-    return View(tuple(complete), tuple(lost), {site: round_ for site, round_ in asking})
+    complete, lost, requests = json.loads(text)
+    return View(tuple(complete), tuple(lost), tuple(map(tuple, requests)))
 
 
 def decide(
-    sites: int, views: Sequence[View], before: Decision | None, admitted_at: Mapping[int, int]
+    sites: int,
+    views: Sequence[View],
+    before: Decision | None,
+    asking: Set[int],
+    returning: Set[int],
 ) -> Decision | None:
     """Returns who takes part in a round; None if that is still open.
 
@@ -81,18 +86,20 @@ def decide(
         sites: number of all sites.
         views: of all processes of the leader.
         before: the decision on the round before.
-        admitted_at: {site: newest round after which it got the outer state, or NEVER}.
+        asking: sites that ask for the outer state of this fragment.
+        returning: sites that have asked for that of any fragment, and for whose code this round has
+            waited for long. They send none before they have all states, and the leader may send the
+            last one only after this round.
     """
     participants, admitted = [LEADER], []
     for site in range(1, sites):
-        asked = max(view.asking.get(site, NEVER) for view in views)
-        if asked > admitted_at[site]:
+        if site in asking:
             admitted.append(site)
         elif before and before.leaves_out(site):
             continue
         elif all(site in view.complete for view in views):
             participants.append(site)
-        elif not any(site in view.lost for view in views):
+        elif site not in returning and not any(site in view.lost for view in views):
             return None
     return Decision(tuple(participants), tuple(admitted))
 
@@ -107,17 +114,25 @@ class Decider:
         folder: of the exchange's files; process 0 of the leader has the decisions there.
         process, processes: this process and their number at the leader.
         store: shared by the leader's processes; None if there is one.
+        lost_s: seconds for which a round waits for a site that has asked for a state.
 
     Raises:
         ValueError: the file of decisions is damaged.
     """
 
     def __init__(
-        self, sites: int, folder: Path, process: int, processes: int, store: KeyValueStore | None
+        self,
+        sites: int,
+        folder: Path,
+        process: int,
+        processes: int,
+        store: KeyValueStore | None,
+        lost_s: float,
     ):
         assert store is not None or processes == 1
         self._sites, self._process, self._processes = sites, process, processes
-        self._store = store
+        self._store, self._lost_s = store, lost_s
+        self._open_since_s: dict[tuple[int, int], float] = {}
         self._published: dict[tuple[int, int], str] = {}
         self._known: dict[tuple[int, int], Decision] = {}
         self._admitted_at: dict[tuple[int, int], int] = {}  # (fragment, site): newest round
@@ -155,9 +170,18 @@ class Decider:
                 return None
             views += map(parse_view, others.values())
         before = self._known.get((fragment, round_ - 1))
-        sites = range(self._sites)
-        admitted_at = {site: self._admitted_at.get((fragment, site), NEVER) for site in sites}
-        decision = decide(self._sites, views, before, admitted_at)
+        open_requests = {
+            (f, site)
+            for view in views
+            for site, f, number in view.requests
+            if number > self._admitted_at.get((f, site), NEVER)
+        }
+        asking = {site for f, site in open_requests if f == fragment}
+        waited_s = time.monotonic() - self._open_since_s.setdefault(
+            (fragment, round_), time.monotonic()
+        )
+        returning = {site for _, site in open_requests} if waited_s >= self._lost_s else set()
+        decision = decide(self._sites, views, before, asking, returning)
         if decision:
             line = [fragment, round_, decision.participants, decision.admitted]
             self._file.write(json.dumps(line).encode() + b"\n")

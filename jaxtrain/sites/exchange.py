@@ -48,7 +48,8 @@ class Exchange(Transport):
         self._decider: Decider | None = None
         if lost_s and index == LEADER:
             processes = len(sites[index].processes)
-            self._decider = Decider(len(sites), Path(folder), process, processes, store)
+            args = len(sites), Path(folder), process, processes, store
+            self._decider = Decider(*args, lost_s)
         super().__init__(sites_file, site, process, blocks, identity, folder, note, streams)
 
     def close(self) -> None:
@@ -123,11 +124,8 @@ class Exchange(Transport):
         others, missing = {link.site for link in self.links}, self.missing(fragment, round_)
         silent = self.silent_s()
         lost = [site for site in others if silent[site] > self._lost_s]
-        asking: dict[int, int] = {}
-        for site, f, number in self.posted("request"):
-            if f == fragment:
-                asking[site] = max(number, asking.get(site, 0))
-        return View(tuple(sorted(others - set(missing))), tuple(sorted(lost)), asking)
+        complete, requests = sorted(others - set(missing)), tuple(self.posted("request"))
+        return View(tuple(complete), tuple(sorted(lost)), requests)
 
     def _decide(self, fragment: int, round_: int) -> View | None:
         """Decides a round if this is the leader and it can; returns what is known if it cannot."""
@@ -153,9 +151,15 @@ class Exchange(Transport):
 
     def decisions(self, fragment: int) -> dict[int, Decision]:
         """Returns {round: who takes part} of all decisions that are known here."""
+        self._check()
         with self.lock:
             self._read_decisions()
             return {r: decision for (f, r), decision in self._decisions.items() if f == fragment}
+
+    def first(self, fragment: int, site: int) -> int:
+        """Returns the oldest round whose code a site still sends to this process; 0 if unknown."""
+        inboxes = [channel.inbox for channel in self.channels if channel.link.site == site]
+        return max(inbox.first.get(fragment, 0) for inbox in inboxes)
 
     def away(self) -> set[int]:
         """Returns the sites that were left out of the newest decided round of any fragment."""
@@ -237,14 +241,12 @@ class Exchange(Transport):
             is_later = place[0] == fragment and place[1] >= round_
             if is_later and self.site not in decision.participants:
                 raise SiteLeftOut(*place)
-        if participants is None:
-            return False
         key = Key("code", fragment, round_)
+        needed = (LEADER,) if participants is None else participants
         absent = [
             channel
             for channel in self.channels
-            if channel.link.site in participants
-            and (channel.peer, key) not in self.mailbox.received
+            if channel.link.site in needed and (channel.peer, key) not in self.mailbox.received
         ]
         for channel in absent:
             # The peer has removed what this process acknowledged.
@@ -256,6 +258,8 @@ class Exchange(Transport):
                     f"its code of round {round_}, but it is missing in {self.mailbox.folder}. "
                     "Restore that folder, or restart all sites from one checkpoint."
                 )
+        if participants is None:
+            return False
         if self._lost_s and self.site != LEADER and absent:
             silent, lost_s = self.silent_s(), self._lost_s
             if any(c.link.site != LEADER and silent[c.link.site] > lost_s for c in absent):

@@ -21,7 +21,7 @@ LARGEST_CONTROL = 1 << 20
 HEADER = struct.Struct("!cII")
 CHUNK_HEADER = struct.Struct("!BIQI")
 HELLO, OFFER, HAVE, CHUNK, STORED, PING = (bytes([i]) for i in b"HOACSP")
-KINDS = ("code", "decision", "request", "state")
+KINDS = ("code", "decision", "request", "state", "end")
 
 
 class BadFrame(Exception):

@@ -6,6 +6,7 @@ so a resumed run takes the step of application from here and not from a clock.
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,12 @@ DECIDED = tuple(f.name for f in dataclasses.fields(Round) if f.name not in MEASU
 class Ledger:
     """Appends rounds to workdir/sites.jsonl. One process of a site writes it.
 
-    Lines of rounds that were applied after `resume_step` move to sites.replay.jsonl, which also
-    keeps those of earlier attempts until they were applied again.
+    Lines of rounds that the resumed checkpoint has not applied move to sites.replay.jsonl, which
+    also keeps those of earlier attempts until they were applied again.
 
     Args:
         workdir: existing folder of the run.
-        resume_step: step from which the run resumes; 0 if it has no checkpoint.
+        applied: newest round of each fragment that the run has applied when it resumes; 0 if none.
 
     Attributes:
         replay: {(fragment, round): the round} to be applied at exactly its applied_step.
@@ -74,9 +75,9 @@ class Ledger:
         OSError: a file cannot be written.
     """
 
-    def __init__(self, workdir: Path, resume_step: int = 0):
+    def __init__(self, workdir: Path, applied: Sequence[int]):
         self._path = Path(workdir) / FILE
-        self.replay, remaining = split_ledger(workdir, resume_step)
+        self.replay, remaining = split_ledger(workdir, applied)
         # The lines are in the second file before they leave the first one.
         _rewrite(self._path.with_name(REPLAY_FILE), list(self.replay.values()))
         _rewrite(self._path, remaining)
@@ -105,9 +106,12 @@ class Ledger:
 
 
 def split_ledger(
-    workdir: Path, resume_step: int
+    workdir: Path, applied: Sequence[int]
 ) -> tuple[dict[tuple[int, int], Round], list[Round]]:
-    """Returns the rounds that a run which resumes from a step applies again, and those before it.
+    """Returns the rounds that a resumed run applies again, and those that it has applied.
+
+    The step of a round does not tell which: a round may be pending in the checkpoint of a step and
+    be applied after that same step, once the run resumes.
 
     Every process of a site can call this; only one creates the Ledger, which writes.
     """
@@ -116,8 +120,9 @@ def split_ledger(
     lines = [*read_ledger(path.with_name(REPLAY_FILE)), *read_ledger(path)]
     newest = {entry.place: entry for entry in lines}.values()
     newest = sorted(newest, key=lambda entry: (entry.applied_step, entry.fragment))
-    remaining = [entry for entry in newest if entry.applied_step <= resume_step]
-    return {entry.place: entry for entry in newest[len(remaining) :]}, remaining
+    remaining = [entry for entry in newest if entry.round <= applied[entry.fragment]]
+    replay = [entry for entry in newest if entry.round > applied[entry.fragment]]
+    return {entry.place: entry for entry in replay}, remaining
 
 
 def read_ledger(path: str | Path) -> list[Round]:

@@ -156,11 +156,17 @@ class Mailbox:
         self._history.write(json.dumps([*peer, *message.key, message.crc]).encode() + b"\n")
 
     def forget(self, oldest: dict[int, int]) -> None:
-        """Removes the received messages of rounds before the oldest one of their fragment."""
+        """Removes the received messages of rounds before the oldest one of their fragment.
+
+        The newest request of each fragment stays: it may still be open.
+        """
         sync_to_disk(self.folder / HISTORY)  # it must outlive the files
         self.oldest |= oldest
+        requests = sorted((key, peer) for peer, key in self.received if key.kind == "request")
+        newest = {(peer, key.fragment): key for key, peer in requests}
         for peer, key in list(self.received):
-            if key.round < oldest.get(key.fragment, 0):
+            is_open = newest.get((peer, key.fragment)) == key
+            if key.round < oldest.get(key.fragment, 0) and not is_open:
                 del self.received[peer, key]
                 self.arrived_s.pop((peer, key), None)
                 self._path("received", peer, key).unlink(missing_ok=True)

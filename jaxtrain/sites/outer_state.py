@@ -35,17 +35,19 @@ def add_template(rounds: Rounds, template: Any) -> dict[str, Any]:
 
 
 def add_outer_state(
-    rounds: Rounds, state: Any, step: int, stored_steps: list[int]
+    rounds: Rounds, state: Any, step: int, stored_steps: list[int], keep_last: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the tree to save, and its meta. Waits for copies to the host that are running.
 
     Args:
         state: the training state after `step`.
-        stored_steps: those of complete checkpoints. Codes that only older ones needed are removed.
+        stored_steps: those of complete checkpoints, in order.
+        keep_last: number of newest checkpoints from which the run must be able to resume. Codes
+            that only older ones needed are removed: those of --keep_every stay for ever.
     """
     rounds.exchange.flush()
-    rounds.applied[step] = [x.round - (x.pending is not None) for x in rounds.outer]
-    if applied := rounds.applied.get(min(stored_steps, default=-1)):
+    rounds.applied[step] = rounds.applied_rounds()
+    if applied := rounds.applied.get(min(stored_steps[-keep_last:], default=-1)):
         rounds.exchange.durable({f: round_ + 1 for f, round_ in enumerate(applied)})
     stored = {name: {} for name in _stored_vectors(rounds)}
     for programs, outer in zip(rounds.places.programs, rounds.outer, strict=True):

@@ -41,11 +41,10 @@ def find_admission(decisions: Mapping[int, Decision], outer: Outer, site: int) -
         outer: the fragment's state at this site.
         site: this site.
     """
-    next_round = outer.round if outer.pending else outer.round + 1
     left_out = [
         number
         for number, decision in decisions.items()
-        if number >= next_round and site not in decision.participants
+        if number > outer.applied and site not in decision.participants
     ]
     newest = max(left_out, default=None)
     return newest if newest is not None and site in decisions[newest].admitted else None
@@ -71,12 +70,24 @@ class Return:
             decisions = exchange.decisions(f)
             admission = find_admission(decisions, outer, site)
             if admission is None:
-                self._ask(f, max([outer.round, *decisions]))
+                self._ask(f, self._newest_round(f, outer, decisions))
             elif exchange.is_here("state", f, admission, LEADER):
                 found.append(admission)
         own = found if len(found) == len(self._outer) else []
         answers = gather_texts(json.dumps(own))
         return own if own and set(answers) == {answers[0]} else None
+
+    def _newest_round(self, f: int, outer: Outer, decisions: Mapping[int, Decision]) -> int:
+        """Returns the round for which to ask the leader.
+
+        It must be after the newest one that admitted this site: else the leader has granted the
+        request before. It must not be after the next one that will: else it is granted twice.
+        """
+        newest = max(decisions, default=0)
+        if newest > outer.applied:
+            return newest
+        # A site that has lost its folder knows of no decisions.
+        return max(outer.applied + 1, self._exchange.first(f, LEADER))
 
     def _ask(self, f: int, round_: int) -> None:
         if (f, round_) not in self._asked:

@@ -1,6 +1,6 @@
 """Reports applied rounds: to the ledger, as metrics and, if something changed, as sentences."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from jaxtrain.distributed.broadcast import broadcast_from_process_0
@@ -24,12 +24,16 @@ class RoundLog:
         self._metrics: list[dict[str, float]] = []
         self._absent: set[int] = set()  # sites without a part in the newest round
 
-    def open(self, workdir: Path, resume_step: int, note: Callable[[str], None]) -> None:
-        """Records rounds in workdir from now on; reads those to replay after `resume_step`."""
+    def open(self, workdir: Path, applied: Sequence[int], note: Callable[[str], None]) -> None:
+        """Records rounds in workdir from now on; reads those to replay.
+
+        Args:
+            applied: newest round of each fragment that the run has applied.
+        """
         self.note = note
 
         def open_files() -> dict[str, int]:
-            self._ledger = Ledger(workdir, resume_step)
+            self._ledger = Ledger(workdir, applied)
             lines = self._ledger.replay.values()
             return {f"{line.fragment} {line.round}": line.applied_step for line in lines}
 

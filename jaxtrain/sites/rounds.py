@@ -15,7 +15,7 @@ last ones after the last step: all sites run the same rounds, and end with the s
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -25,9 +25,9 @@ from jax.experimental import multihost_utils
 
 from jaxtrain.config.run_sections import SitesConfig
 from jaxtrain.optim.acceleration import settle
-from jaxtrain.sites import BLOCK
 from jaxtrain.sites.codec import CODECS
 from jaxtrain.sites.decisions import LEADER
+from jaxtrain.sites.ends import post_ends
 from jaxtrain.sites.errors import SiteLeftOut
 from jaxtrain.sites.fragments import rounds_until
 from jaxtrain.sites.rejoin import Return, post_state
@@ -54,6 +54,7 @@ class Rounds:
         self.finished_step: int | None = None
         self.ends: list[int] = []  # steps at which the run has ended; it may have been extended
         self.applied: dict[int, list[int]] = {}  # step of a checkpoint: newest round by fragment
+        self.took_over = False  # whether the newest after_step took over another site's state
         self.log = RoundLog()
         self._waited_s, self._generation = 0.0, 0
         self._return: Return | None = None  # while the other sites go on without this one
@@ -75,23 +76,9 @@ class Rounds:
             error = reference[:0] if self.codec.lossless else np.zeros_like(reference)
             self.outer.append(Outer(reference, momentum, error))
 
-    def describe(self) -> Iterator[str]:
-        """Yields sentences on the sites, what they exchange and when."""
-        cfg, names = self.cfg, self.places.names
-        yield f"{names[self.places.site]}, of {', '.join(names)}"
-        fragments = [layout.fragment for layout in self.layouts]
-        elements = [fragment.elements for fragment in fragments]
-        size = sum(self.codec.code_bytes(x.blocks * BLOCK) for x in fragments)
-        parts = f" in {len(elements)} fragments" if len(elements) > 1 else ""
-        use = f"used {cfg.delay} steps later" if cfg.delay else "waited for"
-        yield (
-            f"every {cfg.period} steps {sum(elements):,} parameters{parts}, {cfg.codec}: "
-            f"{size:,} bytes to each other site, {use}"
-        )
-        if cfg.on_loss == "fewer":
-            yield f"{names[LEADER]} leaves out sites that it has not heard for {cfg.lost_s:g} s"
-        if self.log.replay:
-            yield f"{len(self.log.replay)} recorded rounds are replayed at their recorded steps"
+    def applied_rounds(self) -> list[int]:
+        """Returns the newest round of each fragment that was applied."""
+        return [outer.applied for outer in self.outer]
 
     def after_step(
         self, state: Any, step: int, stop: Callable[[], Any], pause: Callable[[], Any]
@@ -113,6 +100,7 @@ class Rounds:
             NonFiniteDelta: the weights are not finite. Nothing was sent.
             SiteError: another site disagrees, or the exchange has failed.
         """
+        self.took_over = False
         state, waiting = self._advance(state, step)
         if waiting or self._return:
             started_s = reminded_s = time.monotonic()
@@ -140,6 +128,7 @@ class Rounds:
                 settle, donate_argnums=0, out_shardings=self.places.shardings.opt_state
             )
             state = state._replace(opt_state=settled(state.opt_state))
+            post_ends(self.exchange, self.layouts, self.outer)
             self.finished_step = step
             self.ends.append(step)
         return state, step
@@ -151,7 +140,7 @@ class Rounds:
             time.sleep(POLL_S / 4)
             return state, step
         self._generation += 1  # ends the threads of rounds that the others do not wait for
-        self._return = None
+        self._return, self.took_over = None, True
         start = max(self._first_step(f, round_) for f, round_ in enumerate(found))
         new_step = max(min(start + self.cfg.delay, self.places.steps), step)
         state, lines = way.take_states(state, step, new_step, found)

@@ -11,6 +11,9 @@ from absl import logging
 from jaxtrain.config.train_config import TrainConfig, shared_fields
 from jaxtrain.distributed.key_value import open_store
 from jaxtrain.model.trees import named_leaves
+from jaxtrain.sites import BLOCK
+from jaxtrain.sites.decisions import LEADER
+from jaxtrain.sites.ends import compare_ends
 from jaxtrain.sites.exchange import Exchange
 from jaxtrain.sites.fragments import build_programs, split_leaves
 from jaxtrain.sites.layout import SitesFile, read_sites_file
@@ -104,13 +107,50 @@ def open_rounds(
         Rounds(cfg.sites, places, exchange) as rounds,
     ):
         yield rounds
-        if rounds.finished_step is not None:
-            away = exchange.away()
-            for site in sorted(away):
-                logging.warning(
-                    "site %s was away at the end of the run: its weights are older than those of "
-                    "site %s",
-                    *(names[site], member.name),
-                )
-            if not exchange.finish(FINISH_S, without=away):
-                logging.warning("the other sites have not stored the last round in %g s", FINISH_S)
+        finish(rounds)
+
+
+def describe_rounds(rounds: Rounds) -> Iterator[str]:
+    """Yields sentences on the sites, what they exchange and when."""
+    cfg, names = rounds.cfg, rounds.places.names
+    yield f"{names[rounds.places.site]}, of {', '.join(names)}"
+    fragments = [layout.fragment for layout in rounds.layouts]
+    elements = [fragment.elements for fragment in fragments]
+    size = sum(rounds.codec.code_bytes(x.blocks * BLOCK) for x in fragments)
+    parts = f" in {len(elements)} fragments" if len(elements) > 1 else ""
+    use = f"used {cfg.delay} steps later" if cfg.delay else "waited for"
+    yield (
+        f"every {cfg.period} steps {sum(elements):,} parameters{parts}, {cfg.codec}: "
+        f"{size:,} bytes to each other site, {use}"
+    )
+    if cfg.on_loss == "fewer":
+        yield f"{names[LEADER]} leaves out sites that it has not heard for {cfg.lost_s:g} s"
+    if rounds.log.replay:
+        yield f"{len(rounds.log.replay)} recorded rounds are replayed at their recorded steps"
+
+
+def finish(rounds: Rounds, timeout_s: float = FINISH_S) -> None:
+    """Compares the final weights with those of the other sites, if the run has reached its end.
+
+    Waits until the others have the last messages of this process: nobody could send them later.
+
+    Raises:
+        Disagreement: another site has other final weights.
+    """
+    exchange, places = rounds.exchange, rounds.places
+    if rounds.finished_step != places.steps:  # an earlier end, of a run that was extended since
+        return
+    away = exchange.away()
+    for site in sorted(away):
+        logging.warning(
+            "site %s was away at the end of the run: its weights are older than those of site %s",
+            *(places.names[site], places.names[places.site]),
+        )
+    args = exchange, rounds.layouts, rounds.outer, places.names
+    if late := compare_ends(*args, timeout_s):
+        logging.warning(
+            "the final weights could not be compared with those of %s: nothing came in %g s",
+            *(", ".join(late), timeout_s),
+        )
+    if not exchange.finish(0.0 if late else timeout_s, without=away):
+        logging.warning("the other sites have not stored the last round in %g s", timeout_s)

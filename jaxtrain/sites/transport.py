@@ -143,7 +143,7 @@ class Transport:
             await asyncio.sleep(0.01)
 
     def post(self, kind: str, fragment: int, round_: int, contents: dict[int, bytes]) -> None:
-        """Starts to send a "request" or "state" over some links, as durably as a code."""
+        """Starts to send a "request", "state" or "end" over some links, as durably as a code."""
         self._check()
         for i, content in contents.items():
             self._submit(i, Key(kind, fragment, round_), content)

@@ -130,8 +130,9 @@ class Loop:
         self.state, new_step = self.rounds.after_step(self.state, step, stopped, pause)
         for metrics in self.rounds.log.take_metrics():
             self.logger.write(new_step, metrics)
-        if new_step != step:  # its state came from another site
+        if new_step != step:
             self.batches.restore(self.batches.state() | {"step": new_step})
+        if self.rounds.took_over:  # even at the same step, which the run cannot reach again alone
             self._save(new_step)
         return new_step
 
@@ -254,7 +255,8 @@ class Loop:
             meta["config"] = config_lib.flatten(self.cfg)
             if self.rounds:
                 stored = broadcast_from_process_0(self.checkpoints.steps)
-                state, meta["sites"] = add_outer_state(self.rounds, state, step, stored)
+                args = state, step, stored, self.cfg.keep_last
+                state, meta["sites"] = add_outer_state(self.rounds, *args)
             self.checkpoints.save(step, state, meta)
         self.saved_step = step
 

@@ -6,6 +6,7 @@ order names. Each connection begins with this session's token; one without it is
 
 import concurrent.futures
 import errno
+import hmac
 import json
 import socket
 import statistics
@@ -23,6 +24,7 @@ from launch.host.interfaces import bind_tcp, interface_of
 CHUNK_BYTES = 1 << 18
 HEADER = struct.Struct("!32scI")  # token; PING, SEND or RECEIVE; milliseconds
 RESULT = struct.Struct("!Qd")  # bytes, seconds
+STRANGER_S = 10.0  # a connection that is silent for this long, without the token, is closed
 PING, SEND, RECEIVE = b"p", b"s", b"r"
 
 
@@ -120,18 +122,22 @@ ORDERS = {
 
 def _accept_peers(server: socket.socket, token: bytes) -> None:
     while True:
-        sock, _ = server.accept()
-        threading.Thread(target=serve_peer, args=(sock, token), daemon=True).start()
+        try:
+            sock, _ = server.accept()
+            threading.Thread(target=serve_peer, args=(sock, token), daemon=True).start()
+        except (OSError, RuntimeError):  # no descriptor or no thread is free: strangers hold them
+            time.sleep(0.1)
 
 
 def serve_peer(sock: socket.socket, token: bytes) -> None:
     """Serves one measurement of a peer: echoes its pings, or receives or sends a stream."""
     with sock:
-        sock.settimeout(60)
+        sock.settimeout(STRANGER_S)
         try:
             given_token, kind, milliseconds = HEADER.unpack(_receive_exactly(sock, HEADER.size))
-            if given_token != token:
+            if not hmac.compare_digest(given_token, token):
                 return
+            sock.settimeout(60)
             if kind == PING:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 while byte := sock.recv(1):

@@ -6,6 +6,7 @@ worker that neither ends nor shows that it runs, because a signal has stopped it
 in a lock or in a call to a disk, is killed first.
 """
 
+import contextlib
 import faulthandler
 import fcntl
 import os
@@ -17,12 +18,13 @@ from pathlib import Path
 
 from launch.host import processes
 from launch.host.exit_codes import WORKER_FAILED
-from launch.host.files import read_json
+from launch.host.files import read_json, write_json
 from launch.host.ranks import MARGIN_S
 from launch.host.restart_policy import Policy
 from launch.host.supervise import Supervisor
 
 KEEPER = "keeper"  # file that the keeper and its worker keep locked
+KEEPER_ID = "keeper.json"  # which process it is; a worker that has lost it has another parent
 WORKERS = 5  # workers that a keeper starts; a host that kills this many is unfit for the job
 SLICE_S = 0.5
 STACKS = signal.SIGUSR2  # makes a worker write its stacks to supervisor.err
@@ -125,5 +127,28 @@ def start_detached(folder: Path) -> None:
     os.closerange(3, 256)  # among them the lock that the request holds
     # The worker inherits the lock, which lasts as long as either of the two processes.
     fcntl.flock(os.open(folder / KEEPER, os.O_RDWR | os.O_CREAT, 0o600), fcntl.LOCK_EX)
+    write_json(folder / KEEPER_ID, processes.identify(os.getpid()))
     os.chdir("/")
     os._exit(keep(folder))
+
+
+def is_running(folder: Path) -> bool:
+    """Returns whether the worker that wrote the status is alive."""
+    return processes.is_identified(read_json(folder / "status.json"))
+
+
+def has_supervisor(folder: Path) -> bool:
+    """Returns whether the job has a supervisor; its worker may just be restarting."""
+    missing = (FileNotFoundError, NotADirectoryError)  # the latter: a stray file among the jobs
+    with contextlib.suppress(*missing), open(folder / KEEPER) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return is_running(folder)
+
+
+def supervisor_pids(folder: Path) -> list[int]:
+    """Returns the living ones of the job's keeper and its worker, in this order."""
+    records = [read_json(folder / name) for name in (KEEPER_ID, "status.json")]
+    return [record["pid"] for record in records if processes.is_identified(record)]

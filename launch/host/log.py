@@ -11,6 +11,7 @@ from pathlib import Path
 SEGMENTS = 8  # of equal size, which share the limit of a job's log
 LIMIT_MIB = 512
 SEGMENT_BYTES = (LIMIT_MIB << 20) // SEGMENTS
+READ_BYTES = 1 << 16  # the most of a log that is sent at once
 TAIL_BYTES = 4096  # compared on reconnection: does the log still end as the reader saw it?
 OWN = b"\x1e"  # begins each line of the launcher; in a program's output it is written as \x1e
 LINE_END = re.compile(rb"\r\n|\r|\n")
@@ -93,7 +94,7 @@ def size(folder: Path) -> int:
     return segments[-1] + _segment(folder, segments[-1]).stat().st_size if segments else 0
 
 
-def read(folder: Path, offset: int, limit: int = 1 << 20) -> tuple[int, bytes]:
+def read(folder: Path, offset: int, limit: int = READ_BYTES) -> tuple[int, bytes]:
     """Returns (offset of the first byte, bytes); the offset skips bytes that were deleted.
 
     Raises:

@@ -9,9 +9,9 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Environment variables that every process of a job, and of one attempt of it, inherits.
 JOB_MARK, ATTEMPT_MARK = "JAXTRAIN_JOB", "JAXTRAIN_ATTEMPT"
@@ -34,6 +34,21 @@ def read_stat(pid: int) -> Stat | None:
         return None
     fields = text.rpartition(")")[2].split()  # the name before it may contain spaces and brackets
     return Stat(fields[0], int(fields[1]), int(fields[19]))
+
+
+def identify(pid: int) -> dict[str, Any]:
+    """Returns what tells a living process from every other one, also after a reboot."""
+    stat = read_stat(pid)
+    assert stat
+    return {"pid": pid, "started": stat.started, "boot": boot_id()}
+
+
+def is_identified(record: Mapping[str, Any]) -> bool:
+    """Returns whether the process is alive of which a record has the values of `identify`."""
+    if record.get("boot") != boot_id():
+        return False
+    stat = read_stat(record["pid"])
+    return stat is not None and stat.started == record["started"] and stat.state not in "ZX"
 
 
 def boot_id() -> str:
@@ -98,8 +113,8 @@ def kill_all(
 
 
 def send_signal(pid: int, number: int) -> None:
-    """Sends a signal to a process, which may be gone."""
-    with contextlib.suppress(ProcessLookupError):
+    """Sends a signal to a process, which may be gone or, as by sudo, another user's."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(pid, number)
 
 

@@ -4,29 +4,24 @@ import contextlib
 import fcntl
 import json
 import os
-import select
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from launch.host import log, processes
+from launch.host import log, processes, stopping
 from launch.host.agent import serve_orders
 from launch.host.code import Request, land, receive, root_of
 from launch.host.environment import build_environment, summarize_data
-from launch.host.exit_codes import STOPPED
 from launch.host.facts import gather_facts
 from launch.host.files import read_json, write_json
-from launch.host.keeper import KEEPER, start_detached
-from launch.host.restart_policy import NOW
+from launch.host.keeper import has_supervisor, is_running, start_detached
 from launch.host.run_files import WORKDIR, read_changes, run_directory
+from launch.host.stream import stream_log
 
-STATUS_S = 2.0  # between the status frames of a stream
-NOW_S = 5.0  # for the supervisor to obey `stop --now`
-LEASE_S = 15.0  # a stream ends if its operator sends nothing for this long
 JOBS_KEPT = 50  # a host stores this many folders of ended jobs
 
 
@@ -44,8 +39,7 @@ def start(request: Request) -> dict[str, bool]:
     if request.get("again") and not (folder / "job.json").exists():
         return {"started": False}
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with open(root_of(request) / "start.lock", "w") as lock:  # of two starts at once one is first
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with start_lock(request):  # of two starts at once one is first
         if has_supervisor(folder) or read_json(folder / "status.json").get("outcome"):
             return {"started": False}
         spec = request["spec"]
@@ -68,6 +62,14 @@ def start(request: Request) -> dict[str, bool]:
         error = (folder / "supervisor.err").read_text().strip().splitlines()[-1:]
         raise RuntimeError(f"the supervisor did not start: {' '.join(error) or 'no reason given'}")
     return {"started": True}
+
+
+@contextlib.contextmanager
+def start_lock(request: Request) -> Iterator[None]:
+    """Keeps other requests from starting or killing a job on this host meanwhile."""
+    with open(root_of(request) / "start.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def refuse_second_writer(folder: Path, spec: Request) -> None:
@@ -102,26 +104,6 @@ def prune(jobs: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def is_running(folder: Path) -> bool:
-    """Returns whether the worker that wrote the status is alive: same boot, pid and start time."""
-    status = read_json(folder / "status.json")
-    if status.get("boot") != processes.boot_id():
-        return False
-    stat = processes.read_stat(status["pid"])
-    return stat is not None and stat.started == status["started"] and stat.state not in "ZX"
-
-
-def has_supervisor(folder: Path) -> bool:
-    """Returns whether the job has a supervisor; its worker may just be restarting."""
-    missing = (FileNotFoundError, NotADirectoryError)  # the latter: a stray file among the jobs
-    with contextlib.suppress(*missing), open(folder / KEEPER) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return is_running(folder)
-
-
 def status(request: Request) -> dict[str, Any]:
     """Returns the stored status, whether the job has a supervisor, and its living processes.
 
@@ -144,41 +126,18 @@ def status(request: Request) -> dict[str, Any]:
     }
 
 
-def _ends_within(limit_s: float, job_id: str) -> bool:
-    deadline = time.monotonic() + limit_s
-    while processes.marked(job_id):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
-
-
 def stop(request: Request) -> dict[str, Any]:
-    """Asks the supervisor to stop the job.
+    """Stops a job on this host, see launch.host.stopping.
 
-    With `kill`, or if there is no supervisor, kills the job's processes on this host. It also does
-    so if the job shall stop at once and the supervisor does not see to it within NOW_S.
+    With `kill`, a request to start the job that arrives later starts nothing.
     """
     folder = job_folder(request)
-    if not folder.exists():
-        return {"known": False, "left": []}
-    if has_supervisor(folder) and not request.get("kill"):
-        (folder / "stop").write_text(request["why"])
-        if request["why"] != NOW or _ends_within(NOW_S, request["job"]):
-            return {"known": True, "left": []}
-    workers = [read_json(folder / "status.json")["pid"]] if is_running(folder) else []
-    keepers = [stat.parent for pid in workers if (stat := processes.read_stat(pid))]
-
-    def living():  # the keeper and its worker first, or they would restart the rest
-        supervisor = [pid for pid in keepers + workers if processes.is_alive(pid)]
-        return supervisor or processes.marked(request["job"])
-
-    left = processes.kill_all(living)
-    stored = read_json(folder / "status.json")
-    if not stored.get("outcome"):  # without one, a later request could start the job
-        outcome = {"code": STOPPED, "why": request["why"]}
-        write_json(folder / "status.json", stored | {"outcome": outcome})
-    return {"known": True, "left": left}
+    known, why = folder.exists(), request["why"]
+    if request.get("kill"):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with start_lock(request):
+            return {"known": known, "left": stopping.stop(folder, why, kill=True)}
+    return {"known": known, "left": stopping.stop(folder, why, kill=False) if known else []}
 
 
 def detach(request: Request) -> dict:
@@ -188,36 +147,9 @@ def detach(request: Request) -> dict:
 
 
 def follow(request: Request) -> None:
-    """Streams the log from `offset` on: frames {"at": offset, "bytes": n}, then those n bytes.
-
-    It begins earlier if `tail` does not match the log before the offset, see log.resume. Frames
-    without bytes carry the status. Each line from the operator renews the job's lease. The stream
-    ends with the job, with the connection, or when the operator has sent nothing for LEASE_S.
-    """
+    """Streams the job's log, see launch.host.stream."""
     folder = job_folder(request)
-    offset = log.resume(folder / "log", request["offset"], request["tail"])
-    status_at, heard_at = 0.0, time.monotonic()
-    while True:
-        start, data = log.read(folder / "log", offset)
-        if data:
-            send_frame({"at": start, "bytes": len(data)}, data)
-            offset = start + len(data)
-        now, alive = time.monotonic(), has_supervisor(folder)
-        stored = read_json(folder / "status.json")
-        if now - status_at > STATUS_S or not alive:
-            status_at = now
-            known = (folder / "job.json").exists()
-            send_frame({"status": stored, "alive": alive, "known": known})
-        if not data and not alive and log.size(folder / "log") <= offset:
-            return
-        if select.select([0], [], [], 0.0 if data else 0.1)[0]:
-            if not os.read(0, 4096):
-                return
-            heard_at = now
-            with contextlib.suppress(FileNotFoundError):  # a detached job has no lease
-                os.utime(folder / "lease")
-        if now - heard_at > LEASE_S:
-            return
+    stream_log(folder, request, lambda: has_supervisor(folder), send_frame)
 
 
 def send_frame(header: dict, data: bytes = b"") -> None:

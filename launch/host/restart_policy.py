@@ -118,7 +118,7 @@ class JobController:
             self._settle(now)
         do = {"gather": "kill", "settle": "run"}.get(self.state, self.state)
         if self.state == "run" and self._stop:
-            do = "kill" if self._stop == NOW or not self._can_save() else "term"
+            do = "term"
         return {"attempt": self.attempt, "do": do, "world": self.world, "outcome": self.outcome}
 
     def _enter(self, state: str, now: float) -> None:
@@ -186,6 +186,8 @@ class JobController:
             if saved:
                 why = "preempted by a signal that the launcher did not send"
                 return self._restart(now, why, PREEMPTED)
+        if self._stop and (self._stop == NOW or not self._can_save()):
+            return self._end(now, STOPPED, self._stop)  # what the hosts kill then is no failure
         self._watch_stopped(now)
         self._cause = self._find_cause(now)
         if self._cause:

@@ -3,8 +3,12 @@
 import base64
 import os
 import re
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
+
+from launch.host.log import TAIL_BYTES
 
 CONFIG, SUMMARY, METRICS = "config.json", "summary.json", "metrics.jsonl"
 PROCESSES = "hosts"  # folder of <process>.jsonl, one file per process
@@ -25,13 +29,14 @@ def read_changes(
     """Reads what the operator's copy of a run directory lacks.
 
     Args:
-        have: {file: [inode, bytes]} of the copy. A file with another inode, or one that is now
-            shorter, was replaced and is sent again from its first byte.
+        have: {file: [inode, bytes, tail]} of the copy, where `tail` is the one that was sent with
+            those bytes. A file with another inode or tail, or one that is now shorter, was replaced
+            and is sent again from its first byte. File systems reuse the inodes of replaced files.
         skip: {file: inode} of files that another host sends: the same inode means that this host
             sees the same file, through a shared file system.
 
     Returns:
-        {"files": {name: {"inode", "at" (offset), "base64"}}, "names": all files,
+        {"files": {name: {"inode", "at" (offset), "base64", "tail"}}, "names": all files,
         "more": whether the size limit left something out}
     """
     paths = [folder / name for name in (CONFIG, SUMMARY, METRICS)]
@@ -43,19 +48,30 @@ def read_changes(
             stat = os.fstat(file.fileno())
             if skip.get(name) == stat.st_ino:
                 continue
-            inode, offset = have.get(name, (0, 0))
-            if inode != stat.st_ino or offset > stat.st_size:
+            inode, offset, tail = have.get(name, (0, 0, 0))
+            if inode != stat.st_ino or offset > stat.st_size or tail != _tail(file, offset):
                 offset = 0
             elif offset == stat.st_size:
                 continue
             file.seek(offset)
             data = file.read(limit)
+            tail = _tail(file, offset + len(data))
         limit -= len(data)
         more = more or offset + len(data) < stat.st_size
         text = base64.b64encode(data).decode()
-        files[name] = {"inode": stat.st_ino, "at": offset, "base64": text}
+        files[name] = {"inode": stat.st_ino, "at": offset, "base64": text, "tail": tail}
     names = [str(path.relative_to(folder)) for path in paths]
     return {"files": files, "names": names, "more": more}
+
+
+def _tail(file: BinaryIO, end: int) -> int:
+    """Returns a checksum of a file's bytes before `end`: of the last ones, or of all of a .json.
+
+    A .json is small, and is replaced as a whole; its last bytes may stay the same.
+    """
+    start = 0 if file.name.endswith(".json") else max(0, end - TAIL_BYTES)
+    file.seek(start)
+    return zlib.crc32(file.read(end - start))
 
 
 def run_directory(spec: Mapping) -> Path | None:

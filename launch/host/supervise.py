@@ -247,18 +247,13 @@ class Supervisor:
 
     def _write_status(self, report: dict[str, Any], outcome: dict | None = None) -> bool:
         """Writes status.json; returns whether that succeeded: a full disk must not end the job."""
-        this_process = processes.read_stat(os.getpid())
-        assert this_process
-        status = {
+        status = processes.identify(os.getpid()) | {
             "job": self.job["id"],
             "host": self.names[self.me],
             "attempt": self._target["attempt"],
             "do": self._target["do"],
             "report": report,
             "outcome": outcome,
-            "pid": os.getpid(),
-            "started": this_process.started,
-            "boot": processes.boot_id(),
             "log_lost_bytes": self.log.lost_bytes,
         }
         if self.controller:

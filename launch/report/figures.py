@@ -1,6 +1,5 @@
 """Formats a run's figures as rows of text, for both the terminal and the page."""
 
-import math
 from statistics import fmean
 
 from launch.report.formats import duration, duration_or_ms, grouped, percent, rate, seconds, size
@@ -13,6 +12,7 @@ from launch.report.run_folder import (
     STEP_TIME,
     RunFolder,
 )
+from launch.report.run_shapes import is_number
 from launch.report.stats import split
 
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -80,8 +80,7 @@ def newest_scores(run: RunFolder) -> dict[str, float]:
     own, newest = ("eval/loss_nats", "eval/bits_per_byte", "eval/tokens"), {}
     for record in run.metrics:
         newest |= {key: x for key, x in record.items() if key.startswith("eval/")}
-    is_known = lambda x: isinstance(x, int | float) and math.isfinite(x)
-    return {key: x for key, x in newest.items() if key not in own and is_known(x)}
+    return {key: x for key, x in newest.items() if key not in own and is_number(x)}
 
 
 def _score_rows(run: RunFolder) -> list[tuple[str, str]]:
@@ -109,7 +108,7 @@ def _stragglers(run: RunFolder) -> list[tuple[str, str]]:
             probed = True
             slow = record.get("slow")
             for kind in map(str, slow if isinstance(slow, list) else ()):
-                steps.setdefault(kind, [record["step"]] * 2)[1] = record["step"]
+                steps.setdefault(kind, [record.get("step")] * 2)[1] = record.get("step")
         place = f"{process} ({host_of[process]})" if process in host_of else process
         found += [f"{place} in {kind}, steps {a} to {b}" for kind, (a, b) in steps.items()]
     return [("stragglers", "; ".join(found) or "none")] if probed else []

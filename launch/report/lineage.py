@@ -45,7 +45,9 @@ def _lineage(folder: Path) -> dict:
     except (OSError, ValueError):
         return {}
     lineage = config.get("lineage") if isinstance(config, dict) else None
-    return lineage if isinstance(lineage, dict) and "parent" in lineage else {}
+    if not isinstance(lineage, dict) or not isinstance(lineage.get("parent"), str):
+        return {}
+    return lineage
 
 
 def _parent(folder: Path, lineage: dict) -> Path | None:

@@ -4,7 +4,6 @@ No other file of launch knows the names and the contents of their records. A fig
 not write, because it is older or has no GPU, is absent here too.
 """
 
-import math
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,10 +12,10 @@ from statistics import fmean
 
 from launch.host.run_files import CONFIG, METRICS, SUMMARY, process_files
 from launch.report.formats import duration
-from launch.report.json_files import parse_numbers, read_json, read_json_lines
+from launch.report.json_files import read_json
+from launch.report.run_shapes import check_config, is_number, read_records, read_summary
 from launch.report.stats import percentile
 from launch.report.step_tokens import StepTokens
-from launch.terminal import warn
 
 PEAK_OF = {"bfloat16": "bfloat16", "float32": "tf32"}  # XLA multiplies float32 in TF32
 LOSS, EVAL_LOSS, STEP_TIME = "train/loss_nats", "eval/loss_nats", "perf/step_time_s"
@@ -118,9 +117,7 @@ class RunFolder:
         """Returns (step, value) of each line of metrics.jsonl that has a finite value."""
         if metric not in self._points:  # the page asks for some metrics several times
             self._points[metric] = [
-                (record["step"], x)
-                for record in self.metrics
-                if (x := record.get(metric)) is not None and math.isfinite(x)
+                (record["step"], x) for record in self.metrics if is_number(x := record.get(metric))
             ]
         return self._points[metric]
 
@@ -131,7 +128,8 @@ class RunFolder:
 
     def process_points(self, process: str, metric: str) -> list[tuple[int, float]]:
         """Returns (step, value) of each record of a process that has the metric."""
-        return [(r["step"], r[metric]) for r in self.hosts.get(process, []) if metric in r]
+        records = (r for r in self.hosts.get(process, []) if r.get("step") is not None)
+        return [(r["step"], x) for r in records if is_number(x := r.get(metric))]
 
     @property
     def events(self) -> list[tuple[int, str]]:
@@ -175,7 +173,7 @@ class RunFolder:
             for key in dict.fromkeys(key for record in records for key in record):
                 if key.startswith("perf/pause_"):
                     cause = key.removeprefix("perf/pause_").removesuffix("_s")
-                    lost[cause] = sum(record.get(key, 0.0) for record in records)
+                    lost[cause] = sum(x for record in records if is_number(x := record.get(key)))
         return dict(sorted(lost.items(), key=lambda pair: -pair[1]))
 
     @property
@@ -232,7 +230,8 @@ class RunFolder:
             return f"stopped by {stopped}" if stopped else "done"
         if not self.metrics:
             return "no step yet"
-        silent_s = max(0.0, time.time() - self.metrics[-1]["time"])
+        times = (t for r in reversed(self.metrics) if is_number(t := r.get("time")))
+        silent_s = max(0.0, time.time() - next(times, 0.0))
         return "running" if silent_s < 60 else f"silent for {duration(silent_s)}"
 
 
@@ -254,11 +253,11 @@ def read_run(folder: Path | str) -> RunFolder:
             f"DIR must be a run directory, with config.json; got {str(folder)!r}. "
             "It is the --config.workdir of the run."
         )
-    _check_config(folder / CONFIG, config)
-    metrics = read_json_lines(folder / METRICS)
+    check_config(folder / CONFIG, config)
+    metrics = read_records(folder / METRICS)
     paths = sorted(process_files(folder), key=lambda path: (len(path.stem), path.stem))
-    hosts = {path.stem: read_json_lines(path) for path in paths}
-    summary = _read_summary(folder / SUMMARY)
+    hosts = {path.stem: read_records(path) for path in paths}
+    summary = read_summary(folder / SUMMARY)
     if metrics and summary.get("step", 0) < max(record["step"] for record in metrics):
         summary = {}  # it is from before the run was resumed
     return RunFolder(folder, config, metrics, hosts, summary)
@@ -275,26 +274,3 @@ def find_runs(path: Path | str) -> list[RunFolder]:
     if (path / CONFIG).exists() or not inner:
         return [read_run(path)]
     return [read_run(folder) for folder in inner]
-
-
-def _check_config(path: Path, config) -> None:
-    """Raises ValueError if config.json lacks what every run writes."""
-    settings = config.get("config") if isinstance(config, dict) else None
-    if (
-        not isinstance(settings, dict)
-        or not all(isinstance(settings.get(key), dict) for key in ("model", "data"))
-        or type(settings.get("log_every")) is not int
-    ):
-        raise ValueError(
-            f"{path} must contain a run's config and data; got something else. "
-            "Start the training command again, which rewrites it."
-        )
-
-
-def _read_summary(path: Path) -> dict:
-    """Returns summary.json, or {} and prints a warning if it is damaged: no other file needs it."""
-    try:
-        return parse_numbers(read_json(path) or {})
-    except (ValueError, AttributeError):
-        warn(f"warning: {path} is not a run's summary, so it is ignored")
-        return {}

@@ -29,6 +29,9 @@ def show_record(baseline: dict, path: Path) -> str:
             loose = "; LOOSE: longer or more runs tighten it" if tolerance > LOOSE else ""
             note = entry["how"] + loose
         lines.append(f"{figure.words:20} {cells[0]:>14} {cells[1]:>16} {cells[2]:>10}  {note}")
+    absent = [figure.words for name, figure in FIGURES.items() if name not in baseline["figures"]]
+    if absent:
+        lines.append(f"not recorded, as not every run measured it: {', '.join(absent)}")
     words = f"{baseline['confidence']:.0%} prediction bound for one more run, by Student's t"
     lines += [f"tolerance: {words} on logarithms", *describe_power(baseline["power"])]
     return "\n".join([*lines, f"baseline {path}"])
