@@ -4,12 +4,14 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from launch_scene import TRAINER
+from launch_scene import ROOT, TRAINER
 
 from launch.host.exit_codes import INTERRUPTED, PREEMPTED, REFUSED, STOPPED
 
@@ -194,8 +196,8 @@ def straggler(scene, repetition) -> dict:
     status = scene.run(f"{run}-status", "status", launched.job)
     status.wait()
     code, output = launched.wait(), launched.output()
-    summary = scene.run(f"{run}-summary", "summary", launched.job)
-    summary.wait()
+    command = [sys.executable, "-m", "launch.summary", launched.job]
+    summary = subprocess.run(command, env=scene.env, cwd=ROOT, capture_output=True, text=True)
     lines = re.findall("straggler: rank .*", output)
     return {
         "named_s": round(named_s, 1),
@@ -205,7 +207,7 @@ def straggler(scene, repetition) -> dict:
         "named": named in output,
         "ended": f"on {slow}: compute is like the other ranks' again" in output,
         "status": bool(re.search(f"(?m)^ *{slow} .*STRAGGLER in compute", status.output())),
-        "summary": bool(re.search(f"stragglers.*{slow}", summary.output())),
+        "summary": bool(re.search(f"stragglers.*{slow}", summary.stdout)),
         "exit 0": code == 0,
         "nothing left": not scene.left(),
     }

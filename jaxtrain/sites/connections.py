@@ -32,6 +32,9 @@ from jaxtrain.sites.stream import (
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0  # between attempts to connect
 WAITING = 32  # connections before their greeting; a new one then replaces the oldest
 BUFFER_BYTES = 1 << 19
+# What a connection takes beyond what is under way. Chunks in there wait for this connection even if
+# another one is free, so a slow one would keep a round waiting.
+UNSENT_BYTES = 1 << 17
 REPORT_S = 60.0  # refused connections are counted, and reported this often at most
 
 
@@ -218,6 +221,7 @@ class Connections:
         reader = asyncio.StreamReader(limit=BUFFER_BYTES, loop=loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
         self._sockets.add(connection)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         try:
             if listens:
                 transport, _ = await loop.connect_accepted_socket(
@@ -240,6 +244,7 @@ class Connections:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
             raise
+        transport.set_write_buffer_limits(high=UNSENT_BYTES)
         return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
     async def _run(self, channel: Channel, stream: Stream) -> None:
