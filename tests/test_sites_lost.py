@@ -16,6 +16,7 @@ from jaxtrain.config.run_sections import SitesConfig
 from jaxtrain.distributed.broadcast import MESSAGE_BYTES
 from jaxtrain.sites import channel
 from jaxtrain.sites.decisions import Decider, Decision, View, decide
+from jaxtrain.sites.ends import compare_ends
 from jaxtrain.sites.errors import SiteLeftOut
 from jaxtrain.sites.ledger import DECIDED, read_ledger
 from jaxtrain.sites.rejoin import Return, find_admission
@@ -231,6 +232,10 @@ def test_a_lost_site_is_left_out_and_returns_with_the_same_weights(built, tmp_pa
             assert (x.reference == y.reference).all() and (x.momentum == y.momentum).all()
         assert counts(a) == counts(again)  # the schedule of the learning rate depends on them
         assert again.taken == [16]
+        for rounds in (a.rounds, again.rounds):
+            ends = rounds.exchange, rounds.layouts, rounds.outer, rounds.places.names
+            assert compare_ends(*ends, 10.0) == []
+            assert rounds.exchange.finish(10.0)
         taken = pair.ledger("b")[1]
         assert (taken.round, taken.started_step, taken.applied_step) == (4, 8, 16)
         of_a = pair.ledger("a")[3]
