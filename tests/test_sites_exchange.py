@@ -17,6 +17,7 @@ from jaxtrain.sites.exchange import Disagreement, Exchange, PeerRefused, SiteLef
 from jaxtrain.sites.frames import CHUNK_BYTES
 from jaxtrain.sites.layout import Address, Site, SitesFile
 from jaxtrain.sites.stream import choose_streams
+from jaxtrain.sites.transport import Transport
 
 LARGE = 5 * CHUNK_BYTES + 17
 LARGE_BLOCKS = (LARGE // 4096 + 1,)  # its code is float32, as large as a code can be
@@ -117,7 +118,7 @@ def test_the_number_of_connections_follows_from_the_round_trip_time():
 
 
 def test_a_link_that_drops_packets_silently_is_replaced(large, monkeypatch):
-    monkeypatch.setattr(channel, "PING_S", 0.1)
+    monkeypatch.setattr(Transport, "ping_s", 0.1)
     monkeypatch.setattr(channel, "SILENT_S", 0.5)
     with Proxy(large.ports["a"], stop_at=LARGE // 2) as proxy:
         a, b = large.start("a"), large.start("b", {"a": proxy.port})
@@ -126,6 +127,16 @@ def test_a_link_that_drops_packets_silently_is_replaced(large, monkeypatch):
         assert proxy.events == ["stop"]
         assert large.noted("b", "no connection to process 0 of site a")
         assert max(b.silent_s().values()) < 5
+
+
+def test_a_site_without_anything_to_send_does_not_look_lost(scene):
+    a, b = scene.start("a", lost_s=0.8), scene.start("b", lost_s=0.8)
+    _exchange_one(a, b, b"", b"")
+    longest_s, stop = 0.0, time.monotonic() + 1.6
+    while time.monotonic() < stop:
+        longest_s = max(longest_s, *a.silent_s().values(), *b.silent_s().values())
+        time.sleep(0.02)
+    assert longest_s < 0.8
 
 
 def test_a_peer_without_the_key_gets_nothing_and_both_ends_say_why(scene):

@@ -14,7 +14,6 @@ from sites_scene import Proxy, Scene, wait_until
 import runs
 from jaxtrain.config.run_sections import SitesConfig
 from jaxtrain.distributed.broadcast import MESSAGE_BYTES
-from jaxtrain.sites import channel
 from jaxtrain.sites.decisions import Decider, Decision, View, decide
 from jaxtrain.sites.ends import compare_ends
 from jaxtrain.sites.errors import SiteLeftOut
@@ -281,10 +280,9 @@ def test_a_site_returns_to_delayed_fragments(built, tmp_path):
 
 
 def test_two_sites_without_a_link_between_them_return_again_and_again_until_it_works(
-    built, tmp_path, monkeypatch
+    built, tmp_path
 ):
     """Each leaves the rounds that lack the other's code, and asks for the states of fragments."""
-    monkeypatch.setattr(channel, "PING_S", 0.1)
     values = dict(sites=3, fragments=2, codec="int4", lost_s=2.0)
     with Pair(built, tmp_path, **values) as trio:
         proxy, limit = Proxy(trio.scene.ports["b"]), [0]  # it does not pass anything on yet

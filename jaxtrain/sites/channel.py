@@ -26,7 +26,7 @@ from jaxtrain.sites.mailbox import Peer
 from jaxtrain.sites.outbox import Outbox
 from jaxtrain.sites.stream import Stream
 
-PING_S = 5.0  # an idle stream sends a byte this often
+PING_S = 5.0  # an idle stream sends a byte at least this often
 SILENT_S = 20.0  # a stream without a byte for so long is closed: its link drops packets silently
 
 
@@ -108,7 +108,7 @@ class Channel:
 
     async def _watch(self, stream: Stream) -> None:
         while True:
-            await asyncio.sleep(PING_S)
+            await asyncio.sleep(self._owner.ping_s)
             if (silent_s := stream.silent_s()) > SILENT_S:
                 raise TimeoutError(f"nothing arrived for {silent_s:.0f} s")
             stream.ping_due = True

@@ -39,7 +39,7 @@ class Exchange(Transport):
         lost_s: float = 0.0,
         store: KeyValueStore | None = None,
     ):
-        self._lost_s = lost_s
+        self._lost_s, self.ping_s = lost_s, min(self.ping_s, lost_s / 4 or self.ping_s)
         self._checksums: dict[tuple[int, Key], int] = {}  # own ones, by link index
         self._sent: dict[Key, tuple[float, int]] = {}  # time, bytes of own codes
         self._decisions: dict[tuple[int, int], Decision] = {}

@@ -33,6 +33,7 @@ class Owner(Protocol):
     lock: Any
     mailbox: Mailbox
     note: Callable[[str], None]
+    ping_s: float
 
     def fail(self, error: Exception) -> None: ...
     def offered(self, link: Link, message: Message) -> None: ...

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from jaxtrain.sites.certificate import build_tls
-from jaxtrain.sites.channel import Channel
+from jaxtrain.sites.channel import PING_S, Channel
 from jaxtrain.sites.connections import Connections
 from jaxtrain.sites.frames import Key, Message
 from jaxtrain.sites.greeting import Greeter
@@ -44,12 +44,15 @@ class Transport:
             the later one in the sites file, decides.
 
     Attributes:
+        ping_s: an idle connection sends a byte this often, so that its site does not look lost.
         links: the links of this process. A "link index" is an index into it.
 
     Raises:
         ValueError: the port is in use, or the folder belongs to another layout or is damaged.
         OSError: the folder cannot be written to, or the own address cannot be resolved.
     """
+
+    ping_s = PING_S
 
     def __init__(
         self,
