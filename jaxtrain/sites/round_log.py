@@ -91,7 +91,7 @@ class RoundLog:
             elif site not in self._absent:
                 self._absent.add(site)
                 yield (
-                    f"site {name}, or one of its processes, has not been heard at site "
+                    f"site {name}, or one of its processes, has sent no code to site "
                     f"{names[LEADER]} for {lost_s:g} s (--sites.lost_s): training goes on without "
                     f"it, from round {round_} on"
                 )
