@@ -71,8 +71,10 @@ def full_disk_then_room(scene, repetition) -> dict:
     launched = scene.launch(run)
     scene.wait_for(launched, run, AT_STEPS[repetition])
     scene.disk.fill(leave=(0, 100_000, 300_000)[repetition])
-    code = launched.wait()
-    scene.disk.free()
+    try:
+        code = launched.wait()
+    finally:
+        scene.disk.free()
     output = launched.output()
     return {
         "named": re.findall("ROOT CAUSE (.*)", output)[:2],

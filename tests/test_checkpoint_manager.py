@@ -1,6 +1,8 @@
 import logging as std_logging
 import resource
 import shutil
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +23,12 @@ from checkpoint_states import (
 )
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from orbax.checkpoint._src.futures import synchronization
 
 from jaxtrain.checkpoint.integrity import FORMAT
 from jaxtrain.checkpoint.manager import Checkpoints
 from jaxtrain.checkpoint.shared_store import SharedStore
-from jaxtrain.errors import CheckpointError
+from jaxtrain.errors import CheckpointError, SaveFailed
 
 
 @pytest.fixture
@@ -170,6 +173,27 @@ def test_the_error_of_a_background_save_is_raised_by_wait_and_on_exit(tmp_path, 
             checkpoints.save(1, state, {})
             checkpoints.wait()
     assert checkpoints.steps() == []
+
+
+def test_a_process_that_cannot_write_does_not_wait_for_the_others(tmp_path, full_disk, monkeypatch):
+    """Orbax ends a save when all processes have come so far; here the others never do."""
+    others, set_value = threading.Event(), synchronization.MultihostSynchronizedValue.set
+
+    def set_together(tracker, value):
+        if value or others.wait(20):
+            set_value(tracker, value)
+
+    monkeypatch.setattr(synchronization.MultihostSynchronizedValue, "set", set_together)
+    with pytest.raises(SaveFailed, match="File too large"):
+        with Checkpoints(tmp_path, 1) as checkpoints:
+            checkpoints.save(1, {"w": jnp.arange(1 << 20)}, {})
+            started_s = time.monotonic()
+            try:
+                checkpoints.wait()
+            finally:
+                waited_s = time.monotonic() - started_s
+                others.set()
+    assert waited_s < 10
 
 
 def test_a_failed_save_does_not_hide_the_error_that_ends_the_run(tmp_path, full_disk, caplog):

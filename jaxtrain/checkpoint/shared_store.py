@@ -9,6 +9,7 @@ import logging as std_logging
 import os
 import shutil
 import sys
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from jaxtrain.distributed.broadcast import broadcast_from_process_0, gather_firs
 from jaxtrain.errors import CheckpointError
 from jaxtrain.file_errors import describe_storage_error
 
+POLL_S = 0.01
+
 
 class SharedStore:
     """The arrays of each step in `folder`, written by Orbax."""
@@ -31,6 +34,7 @@ class SharedStore:
         self._folder, self._keep = folder, (keep_last, keep_every)
         # Created late: it lists the folder at once, and restore may move damaged steps before that.
         self._manager: _Manager | None = None
+        self._failures: list[Exception] = []  # of writes of this process
         self._checked = jax.process_count() == 1
 
     def check(self) -> None:
@@ -64,7 +68,8 @@ class SharedStore:
     def _open(self) -> "_Manager":
         if self._manager is None:
             quiet_closed_loops()
-            self._manager = _open_manager(self._folder, *self._keep)
+            self._failures = []
+            self._manager = _open_manager(self._folder, *self._keep, self._failures)
         return self._manager
 
     def save(self, step: int, leaves: dict[str, jax.Array], record: dict[str, Any]) -> None:
@@ -81,8 +86,16 @@ class SharedStore:
         return self._manager is not None and self._manager.is_saving_in_progress()
 
     def wait(self) -> None:
-        """Blocks until the last save is on disk, or raises its error."""
+        """Blocks until the last save is on disk, or raises its error.
+
+        A process that could not write raises at once. Orbax would first wait for the others, and
+        these for it, for ten minutes.
+        """
         if self._manager is not None:
+            while self._manager.is_saving_in_progress():
+                if self._failures:
+                    raise self._failures[0]
+                time.sleep(POLL_S)
             self._manager.wait_until_finished()
 
     def reload(self) -> None:
@@ -148,12 +161,54 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
-def _open_manager(folder: Path, keep_last: int, keep_every: int) -> _Manager:
-    # Compression makes float arrays 8 % smaller, but needs twice the time and a copy of the state.
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+class _Write:
+    """A write in the background, which notes its error in a list."""
+
+    def __init__(self, future: Any, failures: list[Exception]):
+        self._future, self._failures = future, failures
+
+    def result(self, timeout: int | None = None) -> Any:
+        try:
+            return self._future.result(timeout)
+        except Exception as error:
+            self._failures.append(error)
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._future, name)
+
+
+class _ArraysHandler(ocp.PyTreeCheckpointHandler):
+    """Writes the arrays; notes the errors of this process's writes in `failures`."""
+
+    def __init__(self, failures: list[Exception]):
+        # Compression makes float arrays 8 % smaller, but needs twice the time and a copy of them.
+        super().__init__(use_compression=False)
+        self._failures = failures
+
+    async def async_save(self, *args: Any, **values: Any) -> list[Any]:
+        futures = await super().async_save(*args, **values) or []
+        return [_Write(future, self._failures) for future in futures]
+
+
+class _RecordHandler(ocp.JsonCheckpointHandler):
+    """Writes the record, and notes errors as _ArraysHandler does."""
+
+    def __init__(self, failures: list[Exception]):
+        super().__init__()
+        self._failures = failures
+
+    async def async_save(self, *args: Any, **values: Any) -> list[Any]:
+        futures = await super().async_save(*args, **values) or []
+        return [_Write(future, self._failures) for future in futures]
+
+
+def _open_manager(
+    folder: Path, keep_last: int, keep_every: int, failures: list[Exception]
+) -> _Manager:
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    registry.add("state", ocp.args.PyTreeSave, handler)
-    registry.add("record", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+    registry.add("state", ocp.args.PyTreeSave, _ArraysHandler(failures))
+    registry.add("record", ocp.args.JsonSave, _RecordHandler(failures))
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep_last,
         keep_period=keep_every or None,
