@@ -167,6 +167,15 @@ def operator_killed(scene, repetition) -> dict:
     return {"gone_s": round(gone_s), "gone": not scene.living() and gone_s < GONE_S}
 
 
+def make_slow(pid, is_over):
+    """Stops a process for most of the time, until is_over()."""
+    while not is_over():
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(STOPPED_S)
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(RUNNING_S)
+
+
 def straggler(scene, repetition) -> dict:
     """Makes one of two ranks slow until it is named in the log and in `status`; then no longer.
 
@@ -187,14 +196,10 @@ def straggler(scene, repetition) -> dict:
     scene.wait_for(launched, run, 150)
     named_early = re.findall("straggler: rank .*", launched.output())
     start, named = time.monotonic(), f"straggler: rank {slow[1]} on {slow}: a fixed"
-    while named not in launched.output() and launched.process.poll() is None:
-        os.kill(pid, signal.SIGSTOP)
-        time.sleep(STOPPED_S)
-        os.kill(pid, signal.SIGCONT)
-        time.sleep(RUNNING_S)
+    make_slow(pid, lambda: named in launched.output() or launched.process.poll() is not None)
     named_s = time.monotonic() - start
     status = scene.run(f"{run}-status", "status", launched.job)
-    status.wait()
+    make_slow(pid, lambda: status.process.poll() is not None)
     code, output = launched.wait(), launched.output()
     command = [sys.executable, "-m", "launch.summary", launched.job]
     summary = subprocess.run(command, env=scene.env, cwd=ROOT, capture_output=True, text=True)

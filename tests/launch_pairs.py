@@ -141,7 +141,7 @@ def stopped_coordinator(scene, repetition) -> dict:
         if both:
             signal_supervisor(scene, "h0", "STOP")
 
-    cause = "h0: its supervisor was killed" if both else "h0 rank 0 .*state T"
+    cause = "h0: its supervisor was stopped by a signal" if both else "h0 rank 0 .*state T"
     run = f"stopped-coordinator-{repetition}"
     return run_with_fault(scene, run, AT_STEPS[repetition], strike, cause, 30)
 
