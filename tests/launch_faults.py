@@ -17,6 +17,7 @@ from launch.host.exit_codes import INTERRUPTED, PREEMPTED, REFUSED, STOPPED
 
 AT_STEPS = (12, 25, 41)
 STOPPED_S, RUNNING_S = 0.020, 0.005  # of a rank that is made slow
+STATUS_AGE_S = 4.0  # what `status` shows may be so old
 GONE_S = 40.0  # the lease of 30 s plus the time to stop
 
 
@@ -198,6 +199,7 @@ def straggler(scene, repetition) -> dict:
     start, named = time.monotonic(), f"straggler: rank {slow[1]} on {slow}: a fixed"
     make_slow(pid, lambda: named in launched.output() or launched.process.poll() is not None)
     named_s = time.monotonic() - start
+    make_slow(pid, lambda: time.monotonic() > start + named_s + STATUS_AGE_S)
     status = scene.run(f"{run}-status", "status", launched.job)
     make_slow(pid, lambda: status.process.poll() is not None)
     code, output = launched.wait(), launched.output()
