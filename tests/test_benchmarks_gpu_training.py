@@ -302,6 +302,7 @@ def test_suite_scaling_derives_its_figures_from_the_times_of_steps(tmp_path, mon
     assert scaling.NO_FIGURE in text
 
 
+@pytest.mark.long
 def test_suite_scaling_times_a_step_on_two_devices():
     mesh = scaling.MESHES["fsdp"](2)
     assert scaling.median_step_s(scaling.TINY_JOB, mesh, 2, jax.devices()[:2]) > 0

@@ -84,6 +84,7 @@ def test_the_cost_of_measuring_is_a_share_of_the_step(monkeypatch):
     assert f"{row['share']:.3%}" in metrics_overhead.tables([row])
 
 
+@pytest.mark.long
 def test_a_start_finishes_its_imports_and_then_its_first_step(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", xla_flags.flags(devices=1))
     (tmp_path / "small.py").write_text(SMALL_CONFIG)

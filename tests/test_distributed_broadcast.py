@@ -18,7 +18,7 @@ def test_the_launcher_names_the_host_of_the_process_that_differs_from_most(texts
     reports = {i: {"ranks": [rank | {"rank": i}]} for i in range(len(texts))}
     names, policy = [f"h{i}" for i in range(len(texts))], Policy()
     limits = policy.lost_s, policy.stopped_s
-    cause = find_cause(reports, dict.fromkeys(reports, 0.0), names, *limits, {})
+    cause = find_cause(reports, dict.fromkeys(reports, 0.0), names, *limits, {}, {})
     assert cause and cause.headline.startswith(f"h{odd} rank {odd} "), cause
 
 

@@ -128,6 +128,7 @@ print(*compile_kernels(case.build_all, find_chip("a40"), FlashAttentionTiles(**f
 """
 
 
+@pytest.mark.long
 def test_the_first_tiles_that_the_bench_tries_for_attention_on_an_a40_compile_without_spills(
     run_python,
 ):
