@@ -112,7 +112,6 @@ def trained(lines):
     return [tuple(line.split()[4:9]) for line in lines if line.startswith("run ")]
 
 
-@pytest.mark.long
 def test_every_run_is_trained_once_although_two_processes_share_them(outputs):
     plan, ours, theirs = outputs
     assert trained(ours) and trained(theirs)
