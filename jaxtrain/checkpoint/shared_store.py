@@ -178,37 +178,33 @@ class _Write:
         return getattr(self._future, name)
 
 
-class _ArraysHandler(ocp.PyTreeCheckpointHandler):
-    """Writes the arrays; notes the errors of this process's writes in `failures`."""
+class _NotesFailures(ocp.AsyncCheckpointHandler):
+    """A base of a handler: notes the errors of this process's writes in `failures`."""
 
-    def __init__(self, failures: list[Exception]):
-        # Compression makes float arrays 8 % smaller, but needs twice the time and a copy of them.
-        super().__init__(use_compression=False)
-        self._failures = failures
+    failures: list[Exception]
 
     async def async_save(self, *args: Any, **values: Any) -> list[Any]:
-        futures = await super().async_save(*args, **values) or []
-        return [_Write(future, self._failures) for future in futures]
+        futures = await super().async_save(*args, **values) or []  # the handler's own
+        return [_Write(future, self.failures) for future in futures]
 
 
-class _RecordHandler(ocp.JsonCheckpointHandler):
-    """Writes the record, and notes errors as _ArraysHandler does."""
+class _ArraysHandler(_NotesFailures, ocp.PyTreeCheckpointHandler):
+    """Writes the arrays."""
 
-    def __init__(self, failures: list[Exception]):
-        super().__init__()
-        self._failures = failures
 
-    async def async_save(self, *args: Any, **values: Any) -> list[Any]:
-        futures = await super().async_save(*args, **values) or []
-        return [_Write(future, self._failures) for future in futures]
+class _RecordHandler(_NotesFailures, ocp.JsonCheckpointHandler):
+    """Writes the record."""
 
 
 def _open_manager(
     folder: Path, keep_last: int, keep_every: int, failures: list[Exception]
 ) -> _Manager:
+    # Compression makes float arrays 8 % smaller, but needs twice the time and a copy of the state.
+    arrays, record = _ArraysHandler(use_compression=False), _RecordHandler()
+    arrays.failures = record.failures = failures
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    registry.add("state", ocp.args.PyTreeSave, _ArraysHandler(failures))
-    registry.add("record", ocp.args.JsonSave, _RecordHandler(failures))
+    registry.add("state", ocp.args.PyTreeSave, arrays)
+    registry.add("record", ocp.args.JsonSave, record)
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep_last,
         keep_period=keep_every or None,
