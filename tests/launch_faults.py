@@ -13,10 +13,11 @@ from pathlib import Path
 
 from launch_scene import ROOT, TRAINER
 
+import runs
 from launch.host.exit_codes import INTERRUPTED, PREEMPTED, REFUSED, STOPPED
 
 AT_STEPS = (12, 25, 41)
-STOPPED_S, RUNNING_S = 0.020, 0.005  # of a rank that is made slow
+RUNNING_S = 0.005  # of each 25 ms, a rank that is made slow
 STATUS_AGE_S = 4.0  # what `status` shows may be so old
 GONE_S = 40.0  # the lease of 30 s plus the time to stop
 
@@ -168,19 +169,10 @@ def operator_killed(scene, repetition) -> dict:
     return {"gone_s": round(gone_s), "gone": not scene.living() and gone_s < GONE_S}
 
 
-def make_slow(pid, is_over):
-    """Stops a process for most of the time, until is_over()."""
-    while not is_over():
-        os.kill(pid, signal.SIGSTOP)
-        time.sleep(STOPPED_S)
-        os.kill(pid, signal.SIGCONT)
-        time.sleep(RUNNING_S)
-
-
 def straggler(scene, repetition) -> dict:
     """Makes one of two ranks slow until it is named in the log and in `status`; then no longer.
 
-    Each rank has a core of its own: if they shared them, the noise would be too large to name one.
+    Each rank gets one core: on shared cores the noise would be too large to name a rank.
     """
     hosts, run = ("h0", "h1"), f"straggler-{repetition}"
     slow = hosts[(1, 0, 1)[repetition]]
@@ -197,11 +189,12 @@ def straggler(scene, repetition) -> dict:
     scene.wait_for(launched, run, 150)
     named_early = re.findall("straggler: rank .*", launched.output())
     start, named = time.monotonic(), f"straggler: rank {slow[1]} on {slow}: a fixed"
-    make_slow(pid, lambda: named in launched.output() or launched.process.poll() is not None)
+    slow_down = partial(runs.slow_down, pid, running_s=RUNNING_S)
+    slow_down(lambda: named in launched.output() or launched.process.poll() is not None)
     named_s = time.monotonic() - start
-    make_slow(pid, lambda: time.monotonic() > start + named_s + STATUS_AGE_S)
+    slow_down(lambda: time.monotonic() > start + named_s + STATUS_AGE_S)
     status = scene.run(f"{run}-status", "status", launched.job)
-    make_slow(pid, lambda: status.process.poll() is not None)
+    slow_down(lambda: status.process.poll() is not None)
     code, output = launched.wait(), launched.output()
     command = [sys.executable, "-m", "launch.summary", launched.job]
     summary = subprocess.run(command, env=scene.env, cwd=ROOT, capture_output=True, text=True)

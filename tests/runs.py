@@ -172,3 +172,12 @@ def phase_of(beats: Path) -> str:
         return json.loads(beats.read_text())["phase"]
     except (FileNotFoundError, ValueError):  # not yet written, or being written
         return ""
+
+
+def slow_down(pid: int, is_over, running_s: float) -> None:
+    """Stops a process for 20 ms after each running_s, until is_over()."""
+    while not is_over():
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.020)
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(running_s)

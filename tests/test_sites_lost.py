@@ -1,6 +1,7 @@
 """Sites go on without one that is lost, as the first site decides, and take it back."""
 
 import concurrent.futures
+import contextlib
 import time
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -109,11 +110,17 @@ def test_only_an_admission_after_the_newest_known_round_counts():
     assert find_admission({6: admitted, 7: left_out}, outer, 1) is None
 
 
+@contextlib.contextmanager
+def sites_after(folder, decisions):
+    """Yields a scene and its two sites, of which the leader has taken these decisions before."""
+    with Scene(folder) as scene:
+        (folder / "a").mkdir()
+        (folder / "a" / "decisions.jsonl").write_text(decisions)
+        yield scene, *(scene.start(name, lost_s=60.0, streams=1) for name in "ab")
+
+
 def test_a_site_that_lost_its_folder_after_a_return_is_admitted_again(tmp_path):
-    with Scene(tmp_path) as scene:
-        (tmp_path / "a").mkdir()
-        (tmp_path / "a" / "decisions.jsonl").write_text("[0, 12, [0], []]\n[0, 13, [0], [1]]\n")
-        a, b = (scene.start(name, lost_s=60.0, streams=1) for name in "ab")
+    with sites_after(tmp_path, "[0, 12, [0], []]\n[0, 13, [0], [1]]\n") as (_, a, b):
         a.send(0, 14, {0: b"a"}, 1, {})
         b.send(0, 11, {0: b"b"}, 1, {})  # its checkpoint is older than its return
         with pytest.raises(SiteLeftOut):
@@ -129,10 +136,7 @@ def test_a_site_that_lost_its_folder_after_a_return_is_admitted_again(tmp_path):
 
 
 def test_a_resumed_site_replays_its_rounds_before_the_one_that_went_on_without_it(tmp_path):
-    with Scene(tmp_path) as scene:
-        (tmp_path / "a").mkdir()
-        (tmp_path / "a" / "decisions.jsonl").write_text("[0, 1, [0, 1], []]\n[0, 2, [0], []]\n")
-        a, b = (scene.start(name, lost_s=60.0, streams=1) for name in "ab")
+    with sites_after(tmp_path, "[0, 1, [0, 1], []]\n[0, 2, [0], []]\n") as (scene, a, b):
         a.send(0, 1, {0: b"a"}, 1, {})
         b.send(0, 1, {0: b"b"}, 1, {})
         assert a.wait(0, 1, 10).participants == b.wait(0, 1, 10).participants == (0, 1)

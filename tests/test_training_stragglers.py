@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import textwrap
 import time
 
@@ -92,15 +91,6 @@ PROGRAM = """
 """
 
 
-def slow_down(process, is_over):
-    """Stops a process for 20 of each 21 ms, until is_over() or its end."""
-    while process.poll() is None and not is_over():
-        process.send_signal(signal.SIGSTOP)
-        time.sleep(0.020)
-        process.send_signal(signal.SIGCONT)
-        time.sleep(0.001)
-
-
 @pytest.mark.long
 def test_a_slow_loader_and_a_slow_processor_are_named_and_no_result_changes(tmp_path):
     folders, beats = (
@@ -133,7 +123,8 @@ def test_a_slow_loader_and_a_slow_processor_are_named_and_no_result_changes(tmp_
         is_slow_in("data") or report(1)["step"] < SLOW_PROCESSOR_FROM
     ):
         time.sleep(0.01)
-    slow_down(pair[1], lambda: is_slow_in("compute"))
+    ended = lambda: pair[1].poll() is not None
+    runs.slow_down(pair[1].pid, lambda: ended() or is_slow_in("compute"), 0.001)
     outs = [runs.finish(process) for process in pair]
 
     assert "rank 1" in shown[1] and "(STRAGGLER in data; compute" in shown[1]
