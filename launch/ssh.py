@@ -53,7 +53,7 @@ def control_path(target: str, limit: int = SOCKET_BYTES) -> str:
 
     ssh's %C is a hash of the address, port and user. If two names led to one address, the second
     would use the first one's connection, and ssh would not check that the host has the second
-    one's key. So each name has connections of its own.
+    one's key. So names share no connection.
 
     It is "none", and connections are not shared, if every possible path is too long or if this is
     Windows, whose OpenSSH has no shared connections.

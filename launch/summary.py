@@ -49,7 +49,7 @@ def table(runs: list[RunFolder]) -> str:
         steps = spark(run.seconds)
         lines += [f"{run.name}: loss {curve}", f"{run.name}: step time {steps}"]
     lines += describe_lineage(runs) + describe_proposals(runs)
-    return "\n".join(map(visible, lines))  # a run of a host cannot add lines of its own
+    return "\n".join(map(visible, lines))  # or a run's files could add lines
 
 
 def as_json(run: RunFolder) -> dict:
