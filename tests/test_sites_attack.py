@@ -86,6 +86,25 @@ def test_many_silent_connections_are_bounded_and_keep_no_peer_out(scene):
             sock.close()
 
 
+def test_closing_closes_connections_that_arrive_at_that_moment():
+    errors = []
+
+    async def close_after(turns):
+        greeter = greeting.Greeter({}, ("a", 0), "j-1", "s", {})
+        arriving = connections.Connections(greeter, build_tls(KEY), 1, errors.append, print)
+        listener = open_listener(Address("127.0.0.1", 0), print)
+        arriving.listen(listener)
+        with socket.create_connection(listener.getsockname()):
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await arriving.close()
+        assert listener.fileno() < 0
+
+    for turns in range(12):  # of the event loop; a socket left open is a warning, so a failure
+        asyncio.run(close_after(turns))
+    assert errors == []
+
+
 def _has_ended(sock):
     sock.setblocking(False)
     try:

@@ -65,10 +65,16 @@ class Connections:
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._known_hosts: set[str] = set()
         self._refused, self._reported_s = 0, -REPORT_S
+        self._accepting: tuple[socket.socket, asyncio.Task] | None = None
         self._reasons: dict[Channel, str] = {}
 
     async def close(self) -> None:
         """Ends all connections."""
+        if self._accepting:
+            listener, accepting = self._accepting
+            accepting.cancel()
+            await asyncio.sleep(0)  # connections accepted before now begin to be served
+            listener.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -92,27 +98,29 @@ class Connections:
 
     def listen(self, listener: socket.socket) -> None:
         """Starts to accept connections."""
-        self._start(self._accept, listener)
+        self._accepting = (listener, self._start(self._accept, listener))
 
     async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        with listener:
-            while True:
-                try:
-                    connection, address = await loop.sock_accept(listener)
-                except OSError:  # out of file descriptors, or the peer has gone
-                    await asyncio.sleep(0.1)
-                    continue
-                # Hosts that held the key before keep their own places, so that strangers cannot
-                # take them all.
-                waiting = self._greeting[address[0] in self._known_hosts]
-                if len(waiting) >= WAITING:
-                    oldest = next(iter(waiting))
-                    waiting.pop(oldest).cancel()
-                task = self._start(self._serve, connection, address[0], waiting)
-                waiting[task] = task
-                task.add_done_callback(lambda task, waiting=waiting: waiting.pop(task, None))
-                await asyncio.sleep(0)  # a task that is cancelled before it runs closes nothing
+        while True:
+            try:
+                await _wait_readable(listener)
+                connection, address = listener.accept()
+            except BlockingIOError:
+                continue
+            except OSError:  # out of file descriptors, or the peer has gone
+                await asyncio.sleep(0.1)
+                continue
+            connection.setblocking(False)
+            # Hosts that held the key before keep their own places, so that strangers cannot
+            # take them all.
+            waiting = self._greeting[address[0] in self._known_hosts]
+            if len(waiting) >= WAITING:
+                oldest = next(iter(waiting))
+                waiting.pop(oldest).cancel()
+            task = self._start(self._serve, connection, address[0], waiting)
+            waiting[task] = task
+            task.add_done_callback(lambda task, waiting=waiting: waiting.pop(task, None))
+            await asyncio.sleep(0)  # a task that is cancelled before it runs closes nothing
 
     async def _serve(self, connection: socket.socket, host: str, waiting: dict) -> None:
         try:
@@ -267,6 +275,17 @@ class Connections:
         if not channel.streams and self._reasons.get(channel) != reason:
             self._reasons[channel] = reason
             self._note(f"no connection to {channel}{where}: {reason}")
+
+
+async def _wait_readable(listener: socket.socket) -> None:
+    """Waits for a connection. loop.sock_accept leaves it open if it is cancelled at that moment."""
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(listener, readable.set)
+    try:
+        await readable.wait()
+    finally:
+        loop.remove_reader(listener)
 
 
 def _reason(error: BaseException) -> str:
