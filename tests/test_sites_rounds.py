@@ -81,8 +81,8 @@ def test_delayed_fragments_hide_the_exchange_and_all_sites_end_with_equal_weight
     assert (a.weights() == b.weights()).all()
     for x, y in zip(a.rounds.outer, b.rounds.outer, strict=True):
         assert (x.reference == y.reference).all() and (x.momentum == y.momentum).all()
-    ages = [m["sites/age_steps"] for m in a.metrics]
-    assert set(ages[:-3]) == {2} and ages[-3:] == [0, 0, 0]
+    ages = sorted(m["sites/age_steps"] for m in a.metrics)  # in any order after the last step
+    assert ages[:3] == [0, 0, 0] and set(ages[3:]) == {2}
     assert a.metrics[0]["sites/payload_bytes"] > 0
 
 
