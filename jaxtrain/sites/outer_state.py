@@ -90,7 +90,9 @@ def restore_outer_state(
     rounds.begin(state)
     fragments = meta["fragments"]
     rounds.applied[int(state.step)] = [x["round"] - x["pending"] for x in fragments]
-    rounds.finished_step, rounds.ends = meta["finished_step"], list(meta["ends"])
+    rounds.finished_step = meta["finished_step"]
+    # Older checkpoints have the number of ends: all were at multiples of the period, as 0 is.
+    rounds.ends = list(meta["ends"] if "ends" in meta else [0] * meta["finishes"])
     for f, (programs, outer) in enumerate(zip(rounds.places.programs, rounds.outer, strict=True)):
         layout, flatten = programs.layout, programs.flatten
         vectors = {name: layout.to_host(flatten(leaves)) for name, leaves in stored.items()}
