@@ -119,5 +119,6 @@ def format_results(
         )
     for name, seconds in result.get("tried", {}).items():
         yield f"    {name:40} {seconds if isinstance(seconds, str) else f'{seconds * 1e6:.1f} us'}"
-    if "error" in result:
-        yield f"  not finished: {result['error']}"
+    for key, what in (("error", "finished"), ("tuning_error", "tuned")):
+        if key in result:
+            yield f"  not {what}: {result[key]}"

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import bench, contest_process
+from jaxtrain.benchmarks.first_day_results import find_problems
+from pallas_kernels import bench, bench_plan, contest_process
 from pallas_kernels.bench_results import as_row
 from pallas_kernels.contests import TINY, build_contests
 from pallas_kernels.correctness import compare, exact_results
@@ -23,7 +24,7 @@ ATTENTION, HEAD, SQUARE, NORM = (
     next(name for name in CONTESTS if text in name)
     for text in ("attention both", "head", "square", "norm")
 )
-FORWARD = next(name for name in CONTESTS if "forward" in name)
+DOCUMENTS = next(name for name in CONTESTS if "documents" in name)
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +130,11 @@ def test_a_row_compares_the_kernel_only_with_what_jax_can_run():
     assert as_row(contest, "a40", results | {"triton": "wrong"}, "0.11.2") is None
 
 
-def run_fake(monkeypatch, tmp_path, *argv, names=(ATTENTION, FORWARD, HEAD, SQUARE, NORM)):
+def run_fake(monkeypatch, tmp_path, *argv, names=(ATTENTION, DOCUMENTS, HEAD, SQUARE, NORM)):
     program = str(Path(__file__).parent / "fake_contest_child.py")
     monkeypatch.setattr(contest_process, "COMMAND", (sys.executable, program))
-    monkeypatch.setattr(bench, "CONTEST_S", 3.0)
+    monkeypatch.setattr(bench_plan, "CONTEST_S", 3.0)
+    monkeypatch.setattr(bench_plan, "TUNE_S", 0.5)
     monkeypatch.setattr(bench, "TUNED", tmp_path / "tuned")
     contests = [CONTESTS[name] for name in names]
     monkeypatch.setattr(bench, "contests_of", lambda tiny: contests)
@@ -144,18 +146,32 @@ def run_fake(monkeypatch, tmp_path, *argv, names=(ATTENTION, FORWARD, HEAD, SQUA
 def test_a_kernel_that_hangs_crashes_or_is_wrong_costs_only_its_own_row(
     monkeypatch, tmp_path, capsys
 ):
-    contests = run_fake(monkeypatch, tmp_path)
-    assert contests[FORWARD]["error"] == "killed after 3 s"
+    contests = run_fake(monkeypatch, tmp_path, "--tune")
+    hung = "hung: killed after all of its 3 s, at commit"
+    assert contests[DOCUMENTS]["error"].startswith(hung)
+    assert contests[DOCUMENTS]["hung"]["limit_s"] == 3.0
+    assert contests[SQUARE]["done"] and "all of its 3.5 s" in contests[SQUARE]["tuning_error"]
     assert "exit status -6" in contests[HEAD]["error"]
     assert "xla" in contests[HEAD]["contestants"]  # what was measured before the crash
     rows = json.loads((tmp_path / "tuned" / "h100.json").read_text())
     assert [row["op"] for row in rows] == ["attention", "norm"]
     text = capsys.readouterr().out
     assert "wrong: result 0 is 0.5 from float64" in text
-    assert "not finished: killed after 3 s" in text
+    assert text.count(f"not finished: {hung}") == 1  # it was not tuned
+    assert find_problems([{"contests": contests}])[0].startswith(f"{DOCUMENTS}: {hung}")
 
-    again = run_fake(monkeypatch, tmp_path, "--resume", names=(ATTENTION, NORM))
-    assert again == contests and "us (" not in capsys.readouterr().out  # nothing ran again
+    # Neither what has results nor what hung runs again, with or without tuning.
+    names = DOCUMENTS, SQUARE, NORM
+    again = run_fake(monkeypatch, tmp_path, "--resume", "--tune", names=names)
+    text = capsys.readouterr().out
+    assert again == contests and "us (" not in text and f"{DOCUMENTS}: hung" in text
+    run_fake(monkeypatch, tmp_path, "--resume", "--only=documents", names=names)
+    assert f"not finished: {hung}" in capsys.readouterr().out
+
+
+def test_a_contest_that_the_calls_deadline_cut_is_not_called_hung(monkeypatch, tmp_path):
+    contests = run_fake(monkeypatch, tmp_path, "--minutes=0.02", names=(DOCUMENTS,))
+    assert contests[DOCUMENTS]["error"] == "killed after 1 s" and "hung" not in contests[DOCUMENTS]
 
 
 @pytest.mark.long
