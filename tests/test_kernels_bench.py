@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from jaxtrain.benchmarks.first_day_results import find_problems
+from jaxtrain.model.attention import ATTENTION as ATTENTION_ROUTES
 from pallas_kernels import bench, bench_plan, contest_process
-from pallas_kernels.bench_results import as_row
+from pallas_kernels.bench_results import IN_TRAINING, as_row
 from pallas_kernels.contests import TINY, build_contests
 from pallas_kernels.correctness import compare, exact_results
 from pallas_kernels.search_space import SHORTLIST
@@ -116,18 +117,17 @@ def timed(seconds, **values):
     return {"median_s": seconds, "low_s": 0.0, "high_s": 9.0} | values
 
 
-def test_a_row_compares_the_kernel_only_with_what_jax_can_run():
-    contest = SimpleNamespace(op="norm", shape=(768,), documents=False, window=0)
-    results = {
-        "xla": timed(2.0),
-        "cudnn": timed(0.1, fault="result 0 is 0.5 from float64"),
-        "torch compiled": timed(0.5),
-        "triton": timed(1.0, tiles=None),
-        "mosaic": "wrong: result 0 is nan from float64",
-    }
-    row = as_row(contest, "a40", results, "0.11.2")
-    assert row.other == "xla" and row.kernel_s < row.other_s
-    assert as_row(contest, "a40", results | {"triton": "wrong"}, "0.11.2") is None
+def test_a_row_compares_the_kernel_only_with_what_training_can_run():
+    contest = SimpleNamespace(op="attention", shape=(1,) * 5, documents=False, window=0)
+    others = {"cudnn": timed(251.0), "xla": timed(900.0), "torch compiled": timed(150.0)}
+    others |= {"tokamax": timed(200.0), "triton": timed(228.0, tiles=None)}
+    row = as_row(contest, "h100", others | {"mosaic": "wrong: result 0 is nan"}, "0.11.2")
+    assert (row.other, row.other_s, row.kernel_s) == ("cudnn", 251.0, 228.0)
+    row = as_row(contest, "h100", others | {"cudnn": timed(1.0, fault="off by 0.5")}, "0.11.2")
+    assert row.other == "xla"
+    assert as_row(contest, "h100", others | {"triton": "wrong"}, "0.11.2") is None
+    routes = {"cudnn": "cudnn", "xla": "reference"}  # of attention
+    assert set(IN_TRAINING) == routes.keys() and ATTENTION_ROUTES.keys() >= set(routes.values())
 
 
 def run_fake(monkeypatch, tmp_path, *argv, names=(ATTENTION, DOCUMENTS, HEAD, SQUARE, NORM)):
