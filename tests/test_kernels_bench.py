@@ -156,6 +156,7 @@ def test_a_kernel_that_hangs_crashes_or_is_wrong_costs_only_its_own_row(
     rows = json.loads((tmp_path / "tuned" / "h100.json").read_text())
     assert [row["op"] for row in rows] == ["attention", "norm"]
     text = capsys.readouterr().out
+    assert text.index("plan: 5 contests at their default tiles") < text.index(f"{ATTENTION}\n")
     assert "wrong: result 0 is 0.5 from float64" in text
     assert text.count(f"not finished: {hung}") == 1  # it was not tuned
     assert find_problems([{"contests": contests}])[0].startswith(f"{DOCUMENTS}: {hung}")
@@ -194,6 +195,20 @@ def test_results_of_another_device_or_jax_are_not_continued(fact, value, monkeyp
     (tmp_path / "results.json").write_text(json.dumps(results))
     with pytest.raises(SystemExit, match=f"same device .* of .*{value}.*; this is "):
         run_fake(monkeypatch, tmp_path, "--resume")
+
+
+def test_the_plan_of_the_minutes_says_how_many_contests_there_are_and_which_fit():
+    contests = [CONTESTS[name] for name in (ATTENTION, HEAD, NORM)]
+    jobs = bench_plan.open_jobs(contests, {HEAD: {"done": True}}, tune=True, again=False)
+    lines = bench_plan.plan_lines(jobs, minutes=6.0)
+    assert [job.tune for job in jobs] == [False, False, True, True]
+    assert "2 contests at their default tiles, at most 2.5 minutes each" in lines[0]
+    assert "2 tuned, at most 3.5 minutes each; 12.0 minutes in all" in lines[0]
+    fits = f"at these limits 2 fit in 6.0 minutes, the first {ATTENTION}, the last {NORM}"
+    assert fits in lines[1]
+    assert "none fits" in bench_plan.plan_lines(jobs, minutes=1.0)[1]
+    assert "all fit" in bench_plan.plan_lines(jobs, minutes=12.0)[1]
+    assert not bench_plan.plan_lines([], minutes=6.0)
 
 
 def test_at_most_eight_tiles_of_an_op_are_tried():
