@@ -75,8 +75,8 @@ def _kernel(x_ref, y_ref, scales_ref, *refs, tiles, square_smem, c_barrier: Any 
             write = functools.partial(_write, tile_TT.astype(out_ref.dtype), smem)
             here = out_ref.at[matrix, pl.ds(row, side), pl.ds(column, side)]
             mirror = out_ref.at[matrix, pl.ds(column, side), pl.ds(row, side)]
-            # Mosaic drops a dimension that a copy fills, with its offset. So if M is one square, TMA
-            # would not skip the mirror of rows past M, but store their zeros over the matrix.
+            # Mosaic drops a dimension that a copy fills, with its offset. So if M is one square,
+            # TMA would not skip the mirror of rows past M, but store their zeros over the matrix.
             pl.when((row > column) & (row < M))(functools.partial(write, here, mirror))
             pl.when(row == column)(functools.partial(write, here, None))
 

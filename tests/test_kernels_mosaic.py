@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jax.experimental import pallas as pl
 
 from pallas_kernels import mosaic
@@ -50,7 +49,8 @@ def offsets_dropped(monkeypatch):
     store = mosaic.plgpu.copy_smem_to_gmem
 
     def store_without_offset(source, target):
-        (*indices, columns), strip = target.transforms[-1].indices, mosaic.row_multiple(source.dtype)
+        *indices, columns = target.transforms[-1].indices
+        strip = mosaic.row_multiple(source.dtype)
         if columns.size == target.ref.shape[-1] == strip:
             target = target.ref.at[*indices, pl.ds(0, strip)]
         store(source, target)
