@@ -252,11 +252,11 @@ def _check_together(inventory: Inventory, places: Places) -> None:
                 f"{places.find_host(i, host.name, 'address')}: address must be reachable from the "
                 f"other hosts; got {host.address}. Set it to its IP on the training network."
             )
-    if inventory.ranks == "gpu" and not hosts[0].gpus:
-        raise ValueError(
-            f"{places.find_host(0, hosts[0].name, 'gpus')}: gpus must be at least 1 if ranks is "
-            '"gpu"; got 0.'
-        )
+        if inventory.ranks == "gpu" and not host.gpus:
+            raise ValueError(
+                f"{places.find_host(i, host.name, 'gpus')}: gpus must be at least 1 if ranks is "
+                '"gpu"; got 0.'
+            )
     for key, reason in EQUAL.items():
         usual = collections.Counter(getattr(host, key) for host in hosts).most_common(1)[0][0]
         other = next(host.name for host in hosts if getattr(host, key) == usual)
