@@ -165,7 +165,7 @@ def read_jobs(name: str, starting: bool = False) -> list[Job]:
         return [job for job_id in newest.values() for job in _current(job_id, name, starting)]
     record = Job(name).record
     newest = sites_of(record["parent"]) if "parent" in record else {}
-    jobs = _current(newest.get(record.get("site"), name), name, starting)
+    jobs = _current(newest.get(record.get("site", ""), name), name, starting)
     if jobs[-1].id != name:
         note(f"{name} was continued as {jobs[-1].id}, to which this command applies")
     return jobs
