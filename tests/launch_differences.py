@@ -60,7 +60,7 @@ def clock(scene, repetition) -> dict:
     """Sets a host's clock by 10 minutes while a job runs, then starts another one.
 
     The running job must not notice, as no decision compares two hosts' clocks, nor two readings of
-    one. A start is refused, as times in logs would mislead.
+    one. The later job names the host in a warning and trains to the same end.
     """
     host, offset_s = (("h1", 600), ("h0", -600), ("h2", -600))[repetition]
     folder = sysconfig.get_path("purelib")
@@ -70,7 +70,8 @@ def clock(scene, repetition) -> dict:
     run = f"clock-{repetition}"
     try:
         result = run_with_fault(scene, run, AT_STEPS[repetition], strike, None, 0)
-        late = refused(scene, scene.launch(f"{run}-late"), host, "set its clock")
+        late = refused(scene, scene.launch(f"{run}-late"), host, "set the wrong one", code=0)
+        late["same bits"] = scene.bits(f"{run}-late") == scene.reference()
     finally:
         scene.bed.run(host, "rm", "-f", OFFSET, f"{folder}/shifted_clock.pth")
     return result | {f"later: {name}": value for name, value in late.items()}

@@ -9,7 +9,7 @@ from launch.host import facts as host_facts
 from launch.host.agent import ORDERS
 from launch.host.facts import gather_facts
 from launch.inventory import Host
-from launch.preflight import differences, is_chip, judge_host
+from launch.preflight import differences, format_findings, is_chip, judge_host
 
 HOST = Host("a", "127.0.0.1")
 GPU = {"name": "NVIDIA A40", "driver": "570.1", "memory_mib": 46068}
@@ -43,6 +43,17 @@ def test_a_hanging_driver_and_a_hanging_shared_folder_are_named(tmp_path, monkey
     gpus = problems(Host("a", "127.0.0.1", gpus=8), facts, "gpus")
     assert gpus == ["nvidia-smi: no answer within 0 s"]
     assert problems(HOST, facts, "shared") == [f"{tmp_path}: no answer within 0 s"]
+
+
+@pytest.mark.parametrize(
+    ("skew_s", "shown", "wrong"),
+    [(0.5, "+500 ms", 0), (-2.0, "-2.0 s", 1), (1.03, "+1.0 s", 1), (4000.0, "+4,000.0 s", 1)],
+)
+def test_a_clock_that_differs_is_a_warning_with_the_difference(facts, skew_s, shown, wrong):
+    [clock] = [f for f in judge_host(HOST, facts | {"skew_s": skew_s}, 1) if f.check == "clock"]
+    assert (clock.value, bool(clock.problem), clock.aborts) == (shown, wrong, False)
+    mark = "warn" if wrong else "ok"
+    assert format_findings([clock]).startswith(f"{mark:4}  clock        {shown}")
 
 
 @pytest.mark.parametrize(

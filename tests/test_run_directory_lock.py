@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -172,7 +173,12 @@ def test_without_flock_a_pid_that_was_given_to_another_process_is_not_the_owner(
             pass
 
 
-def test_without_flock_an_owner_on_another_host_is_alive_while_it_touches_the_file(tmp_path):
+@pytest.mark.parametrize("skew_s", [0.0, 7_200.0, -7_200.0])
+def test_without_flock_an_owner_on_another_host_is_alive_while_it_touches_the_file(
+    tmp_path, monkeypatch, skew_s
+):
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + skew_s)  # hosts' clocks may differ
     with RunLock(tmp_path, flock=no_locks, beat_s=0.05):  # which touches the file
         rewrite_owner(tmp_path / ".lock", boot="another", host="gpu7")
         with pytest.raises(RunLocked, match="on gpu7, started"):
