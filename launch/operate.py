@@ -20,6 +20,7 @@ from launch.terminal import indented, note, show, warn
 STOPPED_AS_ASKED = (PREEMPTED, STOPPED)  # exit statuses: with a save, without one
 GONE_S = 30.0  # time for the last processes to end
 OLD_S = 6.0  # a status is written every 2 s; an older one is shown with its age
+PIDS_SHOWN = 8  # of the processes that a job has left on a host
 SILENT_S = 15.0  # a supervisor whose status is older hangs, or cannot write
 STATUS = {"outcome?": (None, OUTCOME), "processes": [COUNT], "alive?": bool}
 RANK = {
@@ -217,15 +218,25 @@ def _describe(answer: dict[str, Any]) -> str:
     steps = ", ".join(map(_describe_rank, ranks))
     why = (answer.get("outcome") or {}).get("why")
     state = answer.get("error") or why or steps or "idle"
-    alive = "supervised" if answer.get("alive") else "no supervisor"
+    alive, age_s = "supervised" if answer.get("alive") else "no supervisor", answer.get("age_s", 0)
     if answer.get("stopped"):
         alive, state = "STOPPED", f"a signal has stopped its supervisor; before that: {state}"
-    elif answer.get("alive") and answer.get("age_s", 0.0) > SILENT_S:
+    elif answer.get("alive") and age_s > SILENT_S:
         hint = "hangs, and is then replaced, or the disk is full. `stop --now` ends the job"
         alive, state = "SILENT", f"its supervisor {hint}; before that: {state}"
-    if answer.get("alive") and answer.get("age_s", 0.0) > OLD_S:
-        state += f" ({answer['age_s']:.0f} s ago)"
+    if why is None and age_s > OLD_S:
+        state += f" ({_format_age(age_s)} ago)"
+    if (left := answer.get("processes")) and (why is not None or not answer.get("alive")):
+        more = " ..." if len(left) > PIDS_SHOWN else ""
+        state += f"; STILL ALIVE: pids {' '.join(map(str, left[:PIDS_SHOWN]))}{more}"
     return f"attempt {answer.get('attempt', '-')}  {alive:13}  {state}"
+
+
+def _format_age(age_s: float) -> str:
+    """Returns `90 s`, `30 min` or `2 h`."""
+    sizes = {"h": 3600, "min": 60}
+    unit = next((unit for unit, size in sizes.items() if age_s >= 2 * size), "s")
+    return f"{age_s / sizes.get(unit, 1):.0f} {unit}"
 
 
 def _describe_rank(rank: dict[str, Any]) -> str:

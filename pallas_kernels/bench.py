@@ -16,9 +16,11 @@ PyTorch's (where installed with CUDA). Each time is the median of 20 samples, wi
 percentile. Speeds are also given as shares of the ceiling: what a plain copy and a plain matrix
 product reach on the same GPU in the same run.
 
+A plan of the minutes comes first: how many contests there are, their limits, and which surely fit.
 Each contest runs in a child process, so a kernel that hangs or crashes costs only its own row.
 Results are written after every contest. When the time is up, bench lists the contests that it did
-not measure; --resume with the same --out measures them. --save replaces only the rows of contests
+not measure; --resume with the same --out measures them, but not those that used their whole limit
+of time without an end, unless --only names them. --save replaces only the rows of contests
 that have results, of the JAX that is installed.
 """
 
@@ -35,18 +37,21 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels.arguments import Parser, positive
+from pallas_kernels.bench_plan import (
+    CONTEST_S,
+    Job,
+    choose_contests,
+    mark_hung,
+    open_jobs,
+    plan_lines,
+)
 from pallas_kernels.bench_results import format_device, format_results, merge_rows
 from pallas_kernels.child_process import exit_on_sigterm
 from pallas_kernels.contest import Contest
 from pallas_kernels.contest_child import ContestJob, contests_of
 from pallas_kernels.contest_process import Child
 from pallas_kernels.kernel_choice import TUNED, minor_series, read_rows
-from pallas_kernels.result_files import lock_file, read_object, write_json
-from pallas_kernels.search_space import SHORTLIST
-
-TUNED_OPS = tuple(SHORTLIST["sm_86"])
-CONTEST_S = 150.0  # a contest without tuning is killed after this time
-TUNE_S = 60.0  # for one contest
+from pallas_kernels.result_files import find_commit, lock_file, read_object, write_json
 
 
 def _read_results(args: Namespace) -> dict[str, Any]:
@@ -72,28 +77,6 @@ def _read_results(args: Namespace) -> dict[str, Any]:
         text = "--resume: {} is a {}, which a {} cannot continue. Set another --out."
         raise ValueError(text.format(args.out, *kinds))
     return results
-
-
-def _choose(contests: list[Contest], only: list[str] | None) -> list[Contest]:
-    """Returns the contests whose name contains one of the texts; all if there is none.
-
-    Raises:
-        ValueError: no name contains a text.
-    """
-    names = [contest.name for contest in contests]
-    if unknown := [text for text in only or () if not any(text in name for name in names)]:
-        raise ValueError(
-            f"--only must be part of a contest's name; got {', '.join(unknown)}. The contests are: "
-            f"{', '.join(names)}."
-        )
-    return [c for c in contests if not only or any(text in c.name for text in only)]
-
-
-def _is_done(contest: Contest, result: dict[str, Any], tune: bool) -> bool:
-    """Returns whether a contest has its results; the forward's tiles come with both ways."""
-    if tune and (contest.op not in TUNED_OPS or "forward" in contest.name):
-        return True
-    return bool(result.get("done")) and (not tune or "tried" in result)
 
 
 class Bench:
@@ -146,44 +129,60 @@ class Bench:
     def run(self, contests: list[Contest]) -> None:
         """Runs the contests that are not done: first at the default tiles, then tuned."""
         args, stored = self._args, self.results["contests"]
-        jobs = []
-        for tune in (False, True) if args.tune else (False,):
-            jobs += [(c, tune) for c in contests if not _is_done(c, stored.get(c.name, {}), tune)]
-        kept = len(contests) - len({contest.name for contest, _ in jobs})
+        jobs = open_jobs(contests, stored, args.tune, again=bool(args.only))
+        hung = {name for name, result in stored.items() if "hung" in result}
+        opened = {job.contest.name for job in jobs}
+        kept = [contest.name for contest in contests if contest.name not in opened]
         if kept:
-            of_all = f"{kept} of {len(contests)} contests"
+            of_all = f"{len(kept)} of {len(contests)} contests"
             self._show(f"{args.out} has the results of {of_all}, which are kept")
+        for name in hung.intersection(kept):
+            self._show(f"{name}: {stored[name].get('tuning_error') or stored[name]['error']}")
+        for line in plan_lines(jobs, self._left_s() / 60):
+            self._show(line)
         self._write(contests)
+        hung.clear()  # from here on: those of this call
         waiting = self._start(jobs[0]) if jobs else None
-        for i, (contest, tune) in enumerate(jobs):
+        for i, job in enumerate(jobs):
             child, waiting = waiting, self._start(jobs[i + 1]) if i + 1 < len(jobs) else None
-            if child is None or self._left_s() < 0:
-                what = "tuned" if tune else "measured"
-                self._show(f"{contest.name}: not {what}, the {args.minutes:g} minutes are up")
+            name = job.contest.name
+            if child is None or self._left_s() < 0 or name in hung:
+                what = "tuned" if job.tune else "measured"
+                why = "it hung" if name in hung else f"the {args.minutes:g} minutes are up"
+                self._show(f"{name}: not {what}, {why}")
                 if child:
                     child.process.kill()
                 continue
-            limit_s = CONTEST_S + (TUNE_S if tune else 0.0)
-            result = child.run(max(min(limit_s, self._left_s()), 1.0))
-            if "error" in result and stored.get(contest.name, {}).get("done"):
-                result = stored[contest.name] | {"tuning_error": result["error"]}
-            elif tune:
-                before = stored.get(contest.name, {}).get("contestants", {})
-                result["contestants"] = before | result.get("contestants", {})
-            stored[contest.name] = result | {"date": self.results["date"]}
-            self._show("\n".join(format_results(contest, result, self.results, args.tiny)))
+            result = self._run_job(job, child)
+            hung |= {name} if "hung" in result else set()
+            stored[name] = result | {"date": self.results["date"]}
+            self._show("\n".join(format_results(job.contest, result, self.results, args.tiny)))
             self._write(contests)
+
+    def _run_job(self, job: Job, child: Child) -> dict[str, Any]:
+        """Returns the contest's result: of one that was measured before, together with that."""
+        before = dict(self.results["contests"].get(job.contest.name, {}))
+        before.pop("hung", None)
+        limit_s, left_s = job.limit_s, max(self._left_s(), 1.0)
+        result = child.run(min(limit_s, left_s))
+        if child.was_killed and limit_s <= left_s:
+            result = mark_hung(result, limit_s, find_commit())
+        if "error" in result and before.get("done"):
+            hung = {"hung": result["hung"]} if "hung" in result else {}
+            return before | hung | {"tuning_error": result["error"]}
+        if job.tune:
+            earlier = before.get("contestants", {})
+            result["contestants"] = earlier | result.get("contestants", {})
+        return result
 
     def _start_child(self, job: ContestJob) -> Child:
         self._children.append(Child(job, self._folder))
         return self._children[-1]
 
-    def _start(self, job: tuple[Contest, bool]) -> Child | None:
-        contest, tune = job
+    def _start(self, job: Job) -> Child | None:
         if self._left_s() < 0:
             return None
-        tune_s = TUNE_S if tune else 0.0
-        return self._start_child(ContestJob(contest.name, tune_s, self._args.tiny))
+        return self._start_child(ContestJob(job.contest.name, job.tune_s, self._args.tiny))
 
     def _write(self, contests: list[Contest]) -> None:
         if self._args.out:
@@ -205,7 +204,7 @@ def bench(args: Namespace, show: Callable[[str], None] = print) -> dict[str, Any
     def show_lines(text: str) -> None:  # every line of a trial says that it is one
         show("\n".join(f"{'trial: ' * args.tiny}{line}" for line in text.split("\n")))
 
-    contests = _choose(contests_of(args.tiny), args.only)
+    contests = choose_contests(contests_of(args.tiny), args.only)
     if args.out and args.out.is_dir():
         raise ValueError(f"--out must be a file; got the folder {args.out}.")
     with contextlib.ExitStack() as stack:

@@ -23,6 +23,7 @@ class Child:
 
     def __init__(self, job: ContestJob, folder: Path):
         self.job, self._folder = job, Path(tempfile.mkdtemp(dir=folder))
+        self.was_killed = False  # because its time was up
         (self._folder / "job.json").write_text(json.dumps(vars(job)))
         flags = f"{os.environ.get('XLA_FLAGS', '')} {'' if job.tiny else CHILD_FLAGS}"
         env = CHILD_ENV | os.environ | {"XLA_FLAGS": flags.strip()}
@@ -39,6 +40,7 @@ class Child:
             result = read_object(path)
         except (OSError, ValueError) as failure:
             error = f"no result: {failure}"
+        self.was_killed = status is None
         if status is None:
             error = f"killed after {limit_s:.0f} s"
         elif status:

@@ -68,8 +68,11 @@ def _kernel(
 
 
 def _write(values, smem, out_ref, rows, column):
-    strip = smem.shape[-1]
-    for i in range(values.shape[1] // strip):
+    strip, V = smem.shape[-1], out_ref.shape[1]
+    # Mosaic drops a dimension that a copy fills, with its offset. So if V is one strip, TMA would
+    # not skip the others, but store them over it.
+    strips = 1 if V == strip else values.shape[1] // strip
+    for i in range(strips):
         buffer, first = smem.at[i % BUFFERS], i * strip
         # At most BUFFERS - 1 unfinished copies remain, so the last copy out of this buffer is done.
         plgpu.wait_smem_to_gmem(BUFFERS - 1, wait_read_only=True)

@@ -1,9 +1,10 @@
-"""The JSON files of bench: replaced atomically, read with errors that name them, and locked."""
+"""The JSON files of bench, replaced atomically, checked and locked, and the commit in them."""
 
 import contextlib
 import fcntl
 import json
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,3 +67,15 @@ def lock_file(path: Path) -> Iterator[None]:
             finally:
                 lock.unlink(missing_ok=True)
             return
+
+
+def find_commit() -> str:
+    """Returns the commit: of the git checkout, or JAXTRAIN_COMMIT, or "unknown".
+
+    The variable serves a machine that has a copy of the files without their history.
+    """
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("JAXTRAIN_COMMIT", "unknown")

@@ -19,6 +19,8 @@ from pallas_kernels.mosaic_product import pipeline_scratch, run_products
 from pallas_kernels.tile_order import triangle_tile
 from pallas_kernels.tiles import MOSAIC_LEAST_ROWS, MosaicProductTiles
 
+SMALLEST = 128  # rows of the smallest tile, a square of 64 rows for each warp group
+
 
 class _Triangle:
     """Numbers the tiles of X lower triangles of square blocks, each with `per_block` tiles."""
@@ -73,7 +75,9 @@ def _kernel(x_ref, y_ref, scales_ref, *refs, tiles, square_smem, c_barrier: Any 
             write = functools.partial(_write, tile_TT.astype(out_ref.dtype), smem)
             here = out_ref.at[matrix, pl.ds(row, side), pl.ds(column, side)]
             mirror = out_ref.at[matrix, pl.ds(column, side), pl.ds(row, side)]
-            pl.when(row > column)(functools.partial(write, here, mirror))
+            # Mosaic drops a dimension that a copy fills, with its offset. So if M is one square,
+            # TMA would not skip the mirror of rows past M, but store their zeros over the matrix.
+            pl.when((row > column) & (row < M))(functools.partial(write, here, mirror))
             pl.when(row == column)(functools.partial(write, here, None))
 
     slices = pl.cdiv(N, tiles.depth)
@@ -125,9 +129,7 @@ def symmetric(
             "kernel tiles of its Triton body."
         )
     if M < tiles.rows:
-        tiles = tiles._replace(
-            rows=MOSAIC_LEAST_ROWS, columns=min(tiles.columns, MOSAIC_LEAST_ROWS)
-        )
+        tiles = tiles._replace(rows=SMALLEST, columns=min(tiles.columns, SMALLEST))
     c = () if c_XMM is None else (c_XMM,)
     out = jax.ShapeDtypeStruct((X, M, M), x_XMN.dtype)
     mosaic.check(out, x=x_XMN, y=y_XMN)

@@ -24,7 +24,7 @@ path.write_text(json.dumps({"contestants": contestants}))
 if "chatty" in job["name"]:
     print("x" * 10_000_000, "\nthe last line", flush=True)
     sys.exit(7)
-if "forward" in job["name"]:
+if "documents" in job["name"] or ("square" in job["name"] and job["tune_s"]):
     time.sleep(60)
 if "head" in job["name"]:
     os.abort()

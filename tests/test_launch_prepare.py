@@ -1,14 +1,17 @@
 import re
 import subprocess
+import sys
 import tomllib
 import zipfile
 
 import pytest
+from local_client import LocalClient
+from run_directories import series, write_run
 
 from launch.host.environment import build_environment, environment_key, requirements
 from launch.host.restart_policy import Policy
 from launch.inventory import Host
-from launch.job import TRAINER, Job
+from launch.job import PYTHON, TRAINER, Job
 from launch.prepare import (
     _check_summary,
     build_environments,
@@ -18,7 +21,9 @@ from launch.prepare import (
     read_constraints,
     read_env,
 )
+from launch.pull import RunCopy
 from launch.ssh import HostError, SshClient
+from launch.stop import stop_request
 from launch.sync_code import Code
 
 HOSTS = [Host(name, f"10.0.0.{i + 1}") for i, name in enumerate("abc")]
@@ -190,3 +195,33 @@ def test_a_summary_with_an_owner_names_its_job_or_its_process(owner):
     [finding] = judge_directories({HOSTS[0]: RIGHT | {"owner": owner}})
     assert ("stop 1126-120000-9f3c.ny" if owner["job"] else "kill 7") in finding.problem
     _check_summary(HOSTS[0], RIGHT | {"owner": {}})
+
+
+def test_without_flags_the_trainers_own_run_directory_has_one_writer_and_is_copied(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
+    run, code = write_run(tmp_path / "code" / "runs" / "debug", series(60)), tmp_path / "code"
+    (code / "jaxtrain").mkdir()
+    (code / "jaxtrain" / "train.py").write_text("import time\ntime.sleep(60)\n")
+    host = Host("a", "127.0.0.1", python=sys.executable, workdir=str(tmp_path / "host"))
+
+    class Answers(LocalClient):
+        def call_all(self, requests, timeout_s):
+            return dict.fromkeys(requests, RIGHT | {"owner": {}, "workdir": str(run)})
+
+    client = Answers([host])
+    record = {"argv": [PYTHON, "-m", TRAINER, "debug"], "env": {}, "ranks_per_host": 1}
+    jobs = [Job.create([host], Policy(), "", **record, folders={"a": str(code)}) for _ in "12"]
+    for job in jobs:
+        prepare(client, job, Code(code, [], "", "", ""))
+    assert client.call(host, jobs[0].request(host)) == {"started": True}
+    try:
+        with pytest.raises(HostError, match=f"{jobs[0].id} is running and writes to {run}"):
+            client.call(host, jobs[1].request(host))
+        copy = RunCopy(jobs[0].id)
+        copy.client = client
+        assert (copy.fetch() / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
+    finally:
+        for job in jobs:
+            client.call(host, stop_request(job, "", kill=True))

@@ -4,7 +4,6 @@ import contextlib
 import importlib.metadata
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ import numpy as np
 
 from jaxtrain.benchmarks.timing import interleave, warm_up
 from jaxtrain.ops.devices import cpu_multiplies_bf16
+from pallas_kernels.result_files import find_commit
 
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "numpy", "torch")
@@ -45,17 +45,9 @@ def describe_machine() -> dict[str, Any]:
 
 
 def provenance() -> dict[str, Any]:
-    """Returns the command, the date and the commit: of the git checkout, or JAXTRAIN_COMMIT.
-
-    The variable serves a machine that has a copy of the files without their history.
-    """
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = os.environ.get("JAXTRAIN_COMMIT", "unknown")
+    """Returns the command, the date and the commit."""
     date = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-    return {"command": sys.argv, "date": date, "commit": commit}
+    return {"command": sys.argv, "date": date, "commit": find_commit()}
 
 
 def machine_text(machine: Mapping[str, Any]) -> str:

@@ -1,0 +1,105 @@
+"""What a call of bench still has to run, in which order, and the plan of its minutes."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from pallas_kernels.contest import Contest
+from pallas_kernels.search_space import SHORTLIST
+
+TUNED_OPS = tuple(SHORTLIST["sm_86"])
+CONTEST_S = 150.0  # a contest without tuning is killed after this time
+TUNE_S = 60.0  # for the tiles of one contest, besides
+
+
+def choose_contests(contests: list[Contest], only: list[str] | None) -> list[Contest]:
+    """Returns the contests whose name contains one of the texts; all if there is none.
+
+    Raises:
+        ValueError: no name contains a text.
+    """
+    names = [contest.name for contest in contests]
+    if unknown := [text for text in only or () if not any(text in name for name in names)]:
+        raise ValueError(
+            f"--only must be part of a contest's name; got {', '.join(unknown)}. The contests are: "
+            f"{', '.join(names)}."
+        )
+    return [c for c in contests if not only or any(text in c.name for text in only)]
+
+
+class Job(NamedTuple):
+    """One contest, at its default tiles or tuned."""
+
+    contest: Contest
+    tune: bool
+
+    @property
+    def tune_s(self) -> float:
+        return TUNE_S if self.tune else 0.0
+
+    @property
+    def limit_s(self) -> float:
+        """The time after which it is killed."""
+        return CONTEST_S + self.tune_s
+
+
+def is_done(job: Job, result: dict[str, Any], again: bool) -> bool:
+    """Returns whether a job has its results; the forward's tiles come with both ways.
+
+    A contest that hung counts as done, tuned too: it would take its whole limit in every call.
+
+    Args:
+        again: whether contests that hung are run again.
+    """
+    if job.tune and (job.contest.op not in TUNED_OPS or "forward" in job.contest.name):
+        return True
+    if "hung" in result and not again:
+        return True
+    return bool(result.get("done")) and (not job.tune or "tried" in result)
+
+
+def open_jobs(
+    contests: Sequence[Contest], stored: dict[str, Any], tune: bool, again: bool
+) -> list[Job]:
+    """Returns the jobs that are not done: first all at the default tiles, then those to tune."""
+    jobs = [
+        Job(contest, tuned)
+        for tuned in ((False, True) if tune else (False,))
+        for contest in contests
+    ]
+    return [job for job in jobs if not is_done(job, stored.get(job.contest.name, {}), again)]
+
+
+def mark_hung(result: dict[str, Any], limit_s: float, commit: str) -> dict[str, Any]:
+    """Returns the result of a contest that used its whole limit, which names it as hung."""
+    error = (
+        f"hung: killed after all of its {limit_s:g} s, at commit {commit[:7]}. It is run again "
+        "only if --only names it"
+    )
+    return result | {"hung": {"limit_s": limit_s, "commit": commit}, "error": error}
+
+
+def plan_lines(jobs: Sequence[Job], minutes: float) -> list[str]:
+    """Returns what is to run, the limits of its time, and which of it surely fits; [] of no jobs.
+
+    Most contests take far less than their limit.
+    """
+    groups = (
+        ("contests at their default tiles", [job for job in jobs if not job.tune]),
+        ("tuned", [job for job in jobs if job.tune]),
+    )
+    counts = [
+        f"{len(group)} {what}, at most {group[0].limit_s / 60:.1f} minutes each"
+        for what, group in groups
+        if group
+    ]
+    if not counts:
+        return []
+    ends = list(itertools.accumulate(job.limit_s / 60 for job in jobs))
+    fits = sum(end <= minutes for end in ends)
+    name = lambda job: f"{job.contest.name}{', tuned' * job.tune}"
+    text = "none fits" if not fits else f"{fits} fit" if fits < len(jobs) else "all fit"
+    text += f" in {minutes:.1f} minutes"
+    if 0 < fits < len(jobs):
+        text += f", the first {name(jobs[0])}, the last {name(jobs[fits - 1])}"
+    return [f"plan: {'; '.join(counts)}; {ends[-1]:.1f} minutes in all", f"at these limits {text}"]
