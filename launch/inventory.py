@@ -14,6 +14,7 @@ site_address = "203.0.113.7"  # how hosts of another site reach this one; by def
 site_port = 7301              # where it listens for them; by default launch chooses one
 """
 
+import collections
 import dataclasses
 import difflib
 import ipaddress
@@ -23,6 +24,8 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from launch.places import Places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,8 @@ PATTERNS = {
         "begin with a letter or digit and consist of at most 64 ASCII letters, digits and . _ -",
     ),
     "ssh": (
-        r"(?!-)[^\s/\"'\\]*",
+        # ssh divides at the last @, as the users of some directory services contain one.
+        r"((?!-)[^\s/\"'\\]+@)?(?!-|[^:]*:[^:]*$)[^\s/\"'\\@]+|",
         "be a host name or an alias of ssh's configuration, such as h0 or root@h0, not a URL; a "
         "port belongs into the key port",
     ),
@@ -68,6 +72,12 @@ PATTERNS = {
     "python": (r"(?![-\s]|~(?!/)).+", "be a program's name or path, of which only ~/ is expanded"),
     "chip": (r"[A-Za-z0-9._-]*", "consist of ASCII letters, digits and . _ -"),
     "interface": (r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,14}|", "be a name of at most 15 characters"),
+}
+# keys that all hosts of a job share -> why, or what to do instead
+EQUAL = {
+    "gpus": "Leave out the hosts that have fewer.",
+    "site": "With 150 ms between hosts, a step is 60 times slower: write an inventory for each "
+    "site, and name them in --sites.",
 }
 RANGES = {"port": (0, 65_535), "gpus": (0, 1_024), "site_port": (0, 65_535)}
 
@@ -127,41 +137,9 @@ def _parse_toml(text: str, source: str) -> dict[str, Any]:
         raise ValueError(f"{source}: {error}.") from None
 
 
-class _Places:
-    """Tells where a key of the file is, as `hosts.toml:7: host 'h1'`."""
-
-    def __init__(self, text: str, source: str):
-        self._source = source
-        self._lines: dict[tuple[str, int, str], int] = {}
-        table, index, counts = "", 0, {"hosts": 0}
-        for number, line in enumerate(text.splitlines(), 1):
-            if header := re.match(r"\s*\[\[?\s*([A-Za-z_-]+)\s*\]", line):
-                table = header[1]
-                index = counts.get(table, 0)
-                counts[table] = index + 1
-                self._lines[table, index, ""] = number
-            elif key := re.match(r"\s*\"?([A-Za-z_-]+)\"?\s*=", line):
-                self._lines.setdefault((table, index, key[1]), number)
-
-    def find(self, index: int | None = None, host: str = "", key: str = "") -> str:
-        """Returns the place of a key of a host, of the defaults, or of the file.
-
-        It has no line number where the file writes its hosts as inline tables.
-        """
-        if index is None:
-            ways = [("", 0, key), (key, 0, "")]
-        else:
-            ways = [("hosts", index, key), ("defaults", 0, key), ("hosts", index, "")]
-        line = next((self._lines[way] for way in ways if way in self._lines), 0)
-        place = f"{self._source}:{line}" if line else self._source
-        if index is None:
-            return place
-        return f"{place}: host {ascii(host)}" if host else f"{place}: host number {index + 1}"
-
-
 def parse_inventory(text: str, source: str) -> Inventory:
     """Returns the inventory in the text of a file; its errors name the file as `source`."""
-    content, places = _parse_toml(text, source), _Places(text, source)
+    content, places = _parse_toml(text, source), Places(text, source)
     for key in content:
         _check_key(key, ("ranks", "defaults", "hosts"), places.find(key=key))
     defaults, entries = content.get("defaults", {}), content.get("hosts")
@@ -173,8 +151,8 @@ def parse_inventory(text: str, source: str) -> Inventory:
         raise ValueError(
             f"{places.find(key='hosts')}: hosts must be listed as [[hosts]]; got {entries!r}."
         )
-    for key in defaults:
-        _check_key(key, FIELD_TYPES, places.find(key="defaults"))
+    for key, value in defaults.items():
+        _check_value(key, value, f"{places.find('defaults', key)}: defaults")
     hosts = [_parse_host(i, defaults, entry, places) for i, entry in enumerate(entries)]
     if content.get("ranks", "host") not in ("host", "gpu"):
         raise ValueError(
@@ -185,7 +163,7 @@ def parse_inventory(text: str, source: str) -> Inventory:
     return inventory
 
 
-def _parse_host(index: int, defaults: dict[str, Any], entry: Any, places: _Places) -> Host:
+def _parse_host(index: int, defaults: dict[str, Any], entry: Any, places: Places) -> Host:
     if not isinstance(entry, dict):
         raise ValueError(
             f"{places.find(key='hosts')}: each host must be a table, [[hosts]] with name and "
@@ -193,11 +171,9 @@ def _parse_host(index: int, defaults: dict[str, Any], entry: Any, places: _Place
         )
     values = defaults | entry
     name = values.get("name", "")
-    place = lambda key="": places.find(index, name if isinstance(name, str) else "", key)
+    place = lambda key="": places.find_host(index, name if isinstance(name, str) else "", key)
     for key, value in values.items():
-        _check_key(key, FIELD_TYPES, place(key))
-        if fault := _find_fault(key, value):
-            raise ValueError(f"{place(key)}: {key} must {fault}; got {ascii(value)}.")
+        _check_value(key, value, place(key))
     if missing := [key for key in ("name", "address") if not values.get(key)]:
         raise ValueError(f"{place()} must have {' and '.join(missing)}.")
     host = Host(**values)
@@ -214,6 +190,13 @@ def _check_key(key: str, known: Iterable[str], place: str) -> None:
     if key not in known:
         nearest = difflib.get_close_matches(key, known, 1, cutoff=0.0)[0]
         raise ValueError(f"{place}: no key {ascii(key)}. Did you mean {nearest!r}?")
+
+
+def _check_value(key: str, value: Any, place: str) -> None:
+    """Raises ValueError unless a host has such a key and can have the value."""
+    _check_key(key, FIELD_TYPES, place)
+    if fault := _find_fault(key, value):
+        raise ValueError(f"{place}: {key} must {fault}; got {ascii(value)}.")
 
 
 def _find_fault(key: str, value: Any) -> str:
@@ -251,7 +234,7 @@ def _ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     return getattr(address, "ipv4_mapped", None) or address
 
 
-def _check_together(inventory: Inventory, places: _Places) -> None:
+def _check_together(inventory: Inventory, places: Places) -> None:
     """Checks that names and addresses are unique, and that the hosts' gpus and site are equal."""
     hosts = inventory.hosts
     for key in ("name", "address"):
@@ -260,25 +243,26 @@ def _check_together(inventory: Inventory, places: _Places) -> None:
             other = first.setdefault(getattr(host, key), host)
             if other is not host:
                 raise ValueError(
-                    f"{places.find(i, host.name, key)}: each host's {key} must be unique; got "
+                    f"{places.find_host(i, host.name, key)}: each host's {key} must be unique; got "
                     f"{getattr(host, key)!r}, which host {other.name!r} has, too."
                 )
     for i, host in enumerate(hosts):
         if ipaddress.ip_address(host.address).is_loopback and len(hosts) > 1:
             raise ValueError(
-                f"{places.find(i, host.name, 'address')}: address must be reachable from the other "
-                f"hosts; got {host.address}. Set it to this host's IP on the training network."
+                f"{places.find_host(i, host.name, 'address')}: address must be reachable from the "
+                f"other hosts; got {host.address}. Set it to its IP on the training network."
             )
-    counts = {host.name: host.gpus for host in hosts}
-    if len(set(counts.values())) > 1 or (inventory.ranks == "gpu" and not any(counts.values())):
-        raise ValueError(
-            f"{places.find()}: every host must have as many gpus as the others, and at least 1 if "
-            f'ranks is "gpu"; got {counts}.'
-        )
-    sites = {host.site for host in hosts}
-    if len(sites) > 1:
-        raise ValueError(
-            f"{places.find()}: a job's hosts must be at one site; got {sorted(sites)}. With 150 ms "
-            "between hosts, a step is 60 times slower: write an inventory per site, and name them "
-            "in --sites."
-        )
+        if inventory.ranks == "gpu" and not host.gpus:
+            raise ValueError(
+                f"{places.find_host(i, host.name, 'gpus')}: gpus must be at least 1 if ranks is "
+                '"gpu"; got 0.'
+            )
+    for key, reason in EQUAL.items():
+        usual = collections.Counter(getattr(host, key) for host in hosts).most_common(1)[0][0]
+        other = next(host.name for host in hosts if getattr(host, key) == usual)
+        for i, host in enumerate(hosts):
+            if (value := getattr(host, key)) != usual:
+                raise ValueError(
+                    f"{places.find_host(i, host.name, key)}: {key} must be equal on all hosts; got "
+                    f"{value!r}, and {usual!r} for host {other!r}. {reason}"
+                )

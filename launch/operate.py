@@ -11,7 +11,7 @@ from launch.answers import COUNT, Range, mismatch
 from launch.follow import JobMonitor
 from launch.host.exit_codes import INTERRUPTED, PREEMPTED, STOPPED
 from launch.inventory import Host
-from launch.job import Job, jobs_folder, name_of, read_jobs
+from launch.job import Job, jobs_folder, name_of, read_jobs, sites_of
 from launch.log_copy import OUTCOME
 from launch.ssh import HostError, SshClient
 from launch.stop import connect, detach, stop, uninterrupted
@@ -20,6 +20,7 @@ from launch.terminal import indented, note, show, warn
 STOPPED_AS_ASKED = (PREEMPTED, STOPPED)  # exit statuses: with a save, without one
 GONE_S = 30.0  # time for the last processes to end
 OLD_S = 6.0  # a status is written every 2 s; an older one is shown with its age
+PIDS_SHOWN = 8  # of the processes that a job has left on a host
 SILENT_S = 15.0  # a supervisor whose status is older hangs, or cannot write
 STATUS = {"outcome?": (None, OUTCOME), "processes": [COUNT], "alive?": bool}
 RANK = {
@@ -49,20 +50,19 @@ def follow(jobs: Sequence[Job], as_json: bool, read_only: bool = False, raw: boo
         The exit status; of several jobs the first failure, then the first stop.
 
     Raises:
-        ValueError: a job never started.
-        HostError: a job's outcome cannot be known. The other jobs are followed to their end first.
+        ValueError: no job ever started.
+        HostError: a job never started, or its outcome cannot be known. The other jobs are followed
+            to their end first.
     """
-    for job in jobs:
-        if not job.record.get("begun"):
-            raise ValueError(
-                f"job {job.id} never started, so there is no log. `launch.run resume "
-                f"{name_of(jobs)}` starts its command."
-            )
-    clients = [connect(job) for job in jobs]
-    width = max(len(host.name) for job in jobs for host in job.hosts)
-    pairs = zip(clients, jobs, strict=True)
-    monitors = [JobMonitor(c, job, as_json, read_only, raw, width) for c, job in pairs]
-    codes, errors = {}, []
+    name, begun = name_of(jobs), [job for job in jobs if job.record.get("begun")]
+    text = "job {} never started, so there is no log. `launch.run resume {}` starts its command."
+    if not begun:
+        raise ValueError(text.format(name, name))
+    codes, errors = {}, [text.format(job.id, job.id) for job in jobs if job not in begun]
+    for error in errors:
+        note(error)
+    width = max(len(host.name) for job in begun for host in job.hosts)
+    monitors = [JobMonitor(connect(j), j, as_json, read_only, raw, width) for j in begun]
     try:
         with contextlib.ExitStack() as stack:
             for monitor in monitors:
@@ -71,10 +71,9 @@ def follow(jobs: Sequence[Job], as_json: bool, read_only: bool = False, raw: boo
                 try:
                     _print_new(monitors, codes, errors)
                 except KeyboardInterrupt:  # the followers go on and renew the lease meanwhile
-                    if read_only or _ask_to_leave(monitors, name_of(jobs)):
+                    if read_only or _ask_to_leave(monitors, name):
                         return 0
     except KeyboardInterrupt:  # a second one, before the first was handled
-        name = name_of(jobs)
         note(f"interrupted. The job may still run: `launch.run attach {name}` follows it again")
         return INTERRUPTED
     if errors:
@@ -217,15 +216,25 @@ def _describe(answer: dict[str, Any]) -> str:
     steps = ", ".join(map(_describe_rank, ranks))
     why = (answer.get("outcome") or {}).get("why")
     state = answer.get("error") or why or steps or "idle"
-    alive = "supervised" if answer.get("alive") else "no supervisor"
+    alive, age_s = "supervised" if answer.get("alive") else "no supervisor", answer.get("age_s", 0)
     if answer.get("stopped"):
         alive, state = "STOPPED", f"a signal has stopped its supervisor; before that: {state}"
-    elif answer.get("alive") and answer.get("age_s", 0.0) > SILENT_S:
+    elif answer.get("alive") and age_s > SILENT_S:
         hint = "hangs, and is then replaced, or the disk is full. `stop --now` ends the job"
         alive, state = "SILENT", f"its supervisor {hint}; before that: {state}"
-    if answer.get("alive") and answer.get("age_s", 0.0) > OLD_S:
-        state += f" ({answer['age_s']:.0f} s ago)"
+    if why is None and age_s > OLD_S:
+        state += f" ({_format_age(age_s)} ago)"
+    if (left := answer.get("processes")) and (why is not None or not answer.get("alive")):
+        more = " ..." if len(left) > PIDS_SHOWN else ""
+        state += f"; STILL ALIVE: pids {' '.join(map(str, left[:PIDS_SHOWN]))}{more}"
     return f"attempt {answer.get('attempt', '-')}  {alive:13}  {state}"
+
+
+def _format_age(age_s: float) -> str:
+    """Returns `90 s`, `30 min` or `2 h`."""
+    sizes = {"h": 3600, "min": 60}
+    unit = next((unit for unit, size in sizes.items() if age_s >= 2 * size), "s")
+    return f"{age_s / sizes.get(unit, 1):.0f} {unit}"
 
 
 def _describe_rank(rank: dict[str, Any]) -> str:
@@ -241,10 +250,11 @@ def list_jobs() -> int:
     """Prints a line per job of this machine."""
     for path in sorted(jobs_folder().iterdir()):
         with contextlib.suppress(ValueError):  # a folder without a record
-            if len(jobs := read_jobs(path.name)) > 1:
-                show(f"{path.name}  stands for {' '.join(job.id for job in jobs)}")
+            if sites_of(path.name):
+                ids = [job.id for job in read_jobs(path.name)]
+                show(f"{path.name}  stands for {' '.join(ids)}")
                 continue
-            record = jobs[0].record
+            record = Job(path.name).record
             outcome = record.get("outcome")
             state = "running or not yet seen to end" if record.get("begun") else "never started"
             if outcome:

@@ -16,6 +16,7 @@ PyTorch's (where installed with CUDA). Each time is the median of 20 samples, wi
 percentile. Speeds are also given as shares of the ceiling: what a plain copy and a plain matrix
 product reach on the same GPU in the same run.
 
+A plan of the minutes comes first: how many contests there are, their limits, and which surely fit.
 Each contest runs in a child process, so a kernel that hangs or crashes costs only its own row.
 Results are written after every contest. When the time is up, bench lists the contests that it did
 not measure; --resume with the same --out measures them, but not those that used their whole limit
@@ -36,7 +37,14 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels.arguments import Parser, positive
-from pallas_kernels.bench_plan import CONTEST_S, Job, mark_hung, open_jobs
+from pallas_kernels.bench_plan import (
+    CONTEST_S,
+    Job,
+    choose_contests,
+    mark_hung,
+    open_jobs,
+    plan_lines,
+)
 from pallas_kernels.bench_results import format_device, format_results, merge_rows
 from pallas_kernels.child_process import exit_on_sigterm
 from pallas_kernels.contest import Contest
@@ -71,21 +79,6 @@ def _read_results(args: Namespace) -> dict[str, Any]:
     return results
 
 
-def _choose(contests: list[Contest], only: list[str] | None) -> list[Contest]:
-    """Returns the contests whose name contains one of the texts; all if there is none.
-
-    Raises:
-        ValueError: no name contains a text.
-    """
-    names = [contest.name for contest in contests]
-    if unknown := [text for text in only or () if not any(text in name for name in names)]:
-        raise ValueError(
-            f"--only must be part of a contest's name; got {', '.join(unknown)}. The contests are: "
-            f"{', '.join(names)}."
-        )
-    return [c for c in contests if not only or any(text in c.name for text in only)]
-
-
 class Bench:
     """One run of the bench; the GPU is used only by its children.
 
@@ -97,6 +90,7 @@ class Bench:
         self._args, self._folder, self._show = args, folder, show
         self._until = time.monotonic() + 60 * args.minutes
         self._children: list[Child] = []
+        self._commit = find_commit()  # of this call: a later one may continue at another
         self.results = _read_results(args)
         if args.save:
             read_rows(TUNED)
@@ -145,6 +139,8 @@ class Bench:
             self._show(f"{args.out} has the results of {of_all}, which are kept")
         for name in hung.intersection(kept):
             self._show(f"{name}: {stored[name].get('tuning_error') or stored[name]['error']}")
+        for line in plan_lines(jobs, self._left_s() / 60):
+            self._show(line)
         self._write(contests)
         hung.clear()  # from here on: those of this call
         waiting = self._start(jobs[0]) if jobs else None
@@ -160,7 +156,7 @@ class Bench:
                 continue
             result = self._run_job(job, child)
             hung |= {name} if "hung" in result else set()
-            stored[name] = result | {"date": self.results["date"]}
+            stored[name] = result
             self._show("\n".join(format_results(job.contest, result, self.results, args.tiny)))
             self._write(contests)
 
@@ -171,14 +167,14 @@ class Bench:
         limit_s, left_s = job.limit_s, max(self._left_s(), 1.0)
         result = child.run(min(limit_s, left_s))
         if child.was_killed and limit_s <= left_s:
-            result = mark_hung(result, limit_s, find_commit())
+            result = mark_hung(result, limit_s, self._commit)
         if "error" in result and before.get("done"):
             hung = {"hung": result["hung"]} if "hung" in result else {}
             return before | hung | {"tuning_error": result["error"]}
         if job.tune:
             earlier = before.get("contestants", {})
             result["contestants"] = earlier | result.get("contestants", {})
-        return result
+        return result | {"date": self.results["date"], "commit": self._commit}
 
     def _start_child(self, job: ContestJob) -> Child:
         self._children.append(Child(job, self._folder))
@@ -209,7 +205,7 @@ def bench(args: Namespace, show: Callable[[str], None] = print) -> dict[str, Any
     def show_lines(text: str) -> None:  # every line of a trial says that it is one
         show("\n".join(f"{'trial: ' * args.tiny}{line}" for line in text.split("\n")))
 
-    contests = _choose(contests_of(args.tiny), args.only)
+    contests = choose_contests(contests_of(args.tiny), args.only)
     if args.out and args.out.is_dir():
         raise ValueError(f"--out must be a file; got the folder {args.out}.")
     with contextlib.ExitStack() as stack:

@@ -1,5 +1,6 @@
 """What a call of bench still has to run, in which order, and the plan of its minutes."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,21 @@ from pallas_kernels.search_space import SHORTLIST
 TUNED_OPS = tuple(SHORTLIST["sm_86"])
 CONTEST_S = 150.0  # a contest without tuning is killed after this time
 TUNE_S = 60.0  # for the tiles of one contest, besides
+
+
+def choose_contests(contests: list[Contest], only: list[str] | None) -> list[Contest]:
+    """Returns the contests whose name contains one of the texts; all if there is none.
+
+    Raises:
+        ValueError: no name contains a text.
+    """
+    names = [contest.name for contest in contests]
+    if unknown := [text for text in only or () if not any(text in name for name in names)]:
+        raise ValueError(
+            f"--only must be part of a contest's name; got {', '.join(unknown)}. The contests are: "
+            f"{', '.join(names)}."
+        )
+    return [c for c in contests if not only or any(text in c.name for text in only)]
 
 
 class Job(NamedTuple):
@@ -61,3 +77,29 @@ def mark_hung(result: dict[str, Any], limit_s: float, commit: str) -> dict[str, 
         "only if --only names it"
     )
     return result | {"hung": {"limit_s": limit_s, "commit": commit}, "error": error}
+
+
+def plan_lines(jobs: Sequence[Job], minutes: float) -> list[str]:
+    """Returns what is to run, the limits of its time, and which of it surely fits; [] of no jobs.
+
+    Most contests take far less than their limit.
+    """
+    groups = (
+        ("contests at their default tiles", [job for job in jobs if not job.tune]),
+        ("tuned", [job for job in jobs if job.tune]),
+    )
+    counts = [
+        f"{len(group)} {what}, at most {group[0].limit_s / 60:.1f} minutes each"
+        for what, group in groups
+        if group
+    ]
+    if not counts:
+        return []
+    ends = list(itertools.accumulate(job.limit_s / 60 for job in jobs))
+    fits = sum(end <= minutes for end in ends)
+    name = lambda job: f"{job.contest.name}{', tuned' * job.tune}"
+    text = "none fits" if not fits else f"{fits} fit" if fits < len(jobs) else "all fit"
+    text += f" in {minutes:.1f} minutes"
+    if 0 < fits < len(jobs):
+        text += f", the first {name(jobs[0])}, the last {name(jobs[fits - 1])}"
+    return [f"plan: {'; '.join(counts)}; {ends[-1]:.1f} minutes in all", f"at these limits {text}"]

@@ -178,7 +178,7 @@ class Site:
                 before(self, step)
                 step = self._exchange(step, stop)
                 if step in save:
-                    tree, meta = add_outer_state(self.rounds, self.state, step, [], 1)
+                    tree, meta = add_outer_state(self.rounds, self.state, step, [*self.saves], 1)
                     self.saves[step] = jax.device_get(tree), meta, step
         return self
 

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from jaxtrain.benchmarks.first_day_results import find_problems
+from jaxtrain.model.attention import ATTENTION as ATTENTION_ROUTES
 from pallas_kernels import bench, bench_plan, contest_process
-from pallas_kernels.bench_results import as_row
+from pallas_kernels.bench_results import IN_TRAINING, as_row
 from pallas_kernels.contests import TINY, build_contests
 from pallas_kernels.correctness import compare, exact_results
+from pallas_kernels.result_files import find_commit
 from pallas_kernels.search_space import SHORTLIST
 from pallas_kernels.tiles import default_tiles
 from pallas_kernels.torch_contests import as_tensors, measure_torch, torch_contestants
@@ -116,18 +118,17 @@ def timed(seconds, **values):
     return {"median_s": seconds, "low_s": 0.0, "high_s": 9.0} | values
 
 
-def test_a_row_compares_the_kernel_only_with_what_jax_can_run():
-    contest = SimpleNamespace(op="norm", shape=(768,), documents=False, window=0)
-    results = {
-        "xla": timed(2.0),
-        "cudnn": timed(0.1, fault="result 0 is 0.5 from float64"),
-        "torch compiled": timed(0.5),
-        "triton": timed(1.0, tiles=None),
-        "mosaic": "wrong: result 0 is nan from float64",
-    }
-    row = as_row(contest, "a40", results, "0.11.2")
-    assert row.other == "xla" and row.kernel_s < row.other_s
-    assert as_row(contest, "a40", results | {"triton": "wrong"}, "0.11.2") is None
+def test_a_row_compares_the_kernel_only_with_what_training_can_run():
+    contest = SimpleNamespace(op="attention", shape=(1,) * 5, documents=False, window=0)
+    others = {"cudnn": timed(251.0), "xla": timed(900.0), "torch compiled": timed(150.0)}
+    others |= {"tokamax": timed(200.0), "triton": timed(228.0, tiles=None)}
+    row = as_row(contest, "h100", others | {"mosaic": "wrong: result 0 is nan"}, "0.11.2")
+    assert (row.other, row.other_s, row.kernel_s) == ("cudnn", 251.0, 228.0)
+    row = as_row(contest, "h100", others | {"cudnn": timed(1.0, fault="off by 0.5")}, "0.11.2")
+    assert row.other == "xla"
+    assert as_row(contest, "h100", others | {"triton": "wrong"}, "0.11.2") is None
+    routes = {"cudnn": "cudnn", "xla": "reference"}  # of attention
+    assert set(IN_TRAINING) == routes.keys() and ATTENTION_ROUTES.keys() >= set(routes.values())
 
 
 def run_fake(monkeypatch, tmp_path, *argv, names=(ATTENTION, DOCUMENTS, HEAD, SQUARE, NORM)):
@@ -156,9 +157,12 @@ def test_a_kernel_that_hangs_crashes_or_is_wrong_costs_only_its_own_row(
     rows = json.loads((tmp_path / "tuned" / "h100.json").read_text())
     assert [row["op"] for row in rows] == ["attention", "norm"]
     text = capsys.readouterr().out
+    assert text.index("plan: 5 contests at their default tiles") < text.index(f"{ATTENTION}\n")
     assert "wrong: result 0 is 0.5 from float64" in text
     assert text.count(f"not finished: {hung}") == 1  # it was not tuned
     assert find_problems([{"contests": contests}])[0].startswith(f"{DOCUMENTS}: {hung}")
+
+    assert {result["commit"] for result in contests.values()} == {find_commit()}
 
     # Neither what has results nor what hung runs again, with or without tuning.
     names = DOCUMENTS, SQUARE, NORM
@@ -194,6 +198,20 @@ def test_results_of_another_device_or_jax_are_not_continued(fact, value, monkeyp
     (tmp_path / "results.json").write_text(json.dumps(results))
     with pytest.raises(SystemExit, match=f"same device .* of .*{value}.*; this is "):
         run_fake(monkeypatch, tmp_path, "--resume")
+
+
+def test_the_plan_of_the_minutes_says_how_many_contests_there_are_and_which_fit():
+    contests = [CONTESTS[name] for name in (ATTENTION, HEAD, NORM)]
+    jobs = bench_plan.open_jobs(contests, {HEAD: {"done": True}}, tune=True, again=False)
+    lines = bench_plan.plan_lines(jobs, minutes=6.0)
+    assert [job.tune for job in jobs] == [False, False, True, True]
+    assert "2 contests at their default tiles, at most 2.5 minutes each" in lines[0]
+    assert "2 tuned, at most 3.5 minutes each; 12.0 minutes in all" in lines[0]
+    fits = f"at these limits 2 fit in 6.0 minutes, the first {ATTENTION}, the last {NORM}"
+    assert fits in lines[1]
+    assert "none fits" in bench_plan.plan_lines(jobs, minutes=1.0)[1]
+    assert "all fit" in bench_plan.plan_lines(jobs, minutes=12.0)[1]
+    assert not bench_plan.plan_lines([], minutes=6.0)
 
 
 def test_at_most_eight_tiles_of_an_op_are_tried():

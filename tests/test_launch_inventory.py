@@ -6,6 +6,7 @@ from launch.inventory import parse_inventory, read_inventory, read_toml
 
 FIRST = '[[hosts]]\nname = "a"\naddress = "10.0.0.1"\n'
 SECOND = '[[hosts]]\nname = "b"\naddress = "10.0.0.2"\n'
+THIRD = '[[hosts]]\nname = "c"\naddress = "10.0.0.3"\n'
 
 
 def test_a_hosts_own_values_override_the_defaults():
@@ -21,12 +22,22 @@ def test_an_address_is_written_as_the_system_writes_it():
     assert [h.address for h in parse_inventory(text, "f").hosts] == ["2001:db8::1", "10.0.0.2"]
 
 
+@pytest.mark.parametrize("ssh", ["h0", "root@h0", "u@corp.example@h0", "fd00::1", "u@fd00::1", ""])
+def test_a_destination_that_ssh_takes_is_accepted(ssh):
+    assert parse_inventory(f'{FIRST}ssh = "{ssh}"', "f").hosts[0].target == (ssh or "a")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ('adress = "10.0.0.3"', "Did you mean 'address'"),
-        ('site = "mars"', "at one site"),
-        ("gpus = 8", "as many gpus as the others"),
+        ('site = "mars"', "f:7: host 'b': site must be equal .* got 'mars', and '' for host 'a'"),
+        ("gpus = 8", "f:7: host 'b': gpus must be equal on all hosts; got 8, and 0 for host 'a'"),
+        ("'port' = 99999", "f:7: host 'b': port must"),
+        (' "port" = 99999', "f:7: host 'b': port must"),
+        ("port.a = 1", "f:7: host 'b': port must be an integer"),
+        ("[hosts.port]", "f:7: host 'b': port must be an integer"),
+        ("# \u2028 \u2029 \x85\nport = 99999", "f:8: host 'b': port must"),
         *(
             (f"{key} = {value}", f"f:7: host 'b': {key} must {message}")
             for key, value, message in (
@@ -38,6 +49,10 @@ def test_an_address_is_written_as_the_system_writes_it():
                 ("ssh", '"-oProxyCommand=x"', "be a host name"),
                 ("ssh", '"ssh://root@h0"', "be a host name or an alias .* not a URL"),
                 ("ssh", '"h0 -p 23"', "be a host name"),
+                ("ssh", '"h0:23"', "be a host name .* port belongs"),
+                ("ssh", '"root@"', "be a host name"),
+                ("ssh", '"@h0"', "be a host name"),
+                ("ssh", '"root@-oProxyCommand=x"', "be a host name"),
                 ("ssh", r'"h0\n"', r"contain visible .* not U\+000A \(a control character\)"),
                 ("user", r'"\u202Eu"', r"contain visible .* U\+202E \(RIGHT-TO-LEFT OVERRIDE\)"),
                 ("user", '"-u"', "be a user name"),
@@ -95,8 +110,16 @@ def test_an_invalid_name_or_address_is_refused(key, value, message):
         ('\nhosts = ["h0"]', "f:2: each host must be a table"),
         ("hosts = 3", "f:1: hosts must be listed"),
         (f"defaults = 3\n{FIRST}", "f:1: defaults must be a table"),
-        (f"[defaults]\nprot = 22\n{FIRST}", "f:1: no key 'prot'. Did you mean 'port'"),
-        (f'[defaults]\nport = "22"\n{FIRST}', "f:2: host 'a': port must be an integer"),
+        ('hosts = [\n{name="a"}]', "f:1: host 'a' must have address"),
+        (f"[defaults]\nprot = 22\n{FIRST}", "f:2: defaults: no key 'prot'. Did you mean 'port'"),
+        (f'[defaults]\nport = "22"\n{FIRST}', "f:2: defaults: port must be an integer"),
+        (f'[defaults]\nport = "22"\n{FIRST}port = 22', "f:2: defaults: port must be an integer"),
+        (f"['defaults']\nport = 99999\n{FIRST}", "f:2: defaults: port must be from"),
+        (f"defaults.port = 99999\n{FIRST}", "f:1: defaults: port must be from"),
+        (f"defaults = {{port = 99999}}\n{FIRST}", "f:1: defaults: port must be from"),
+        (f'[["hosts"]]\n{FIRST[10:]}{SECOND}gpus = 8', "f:7: host 'b': gpus must be equal"),
+        (f"{FIRST}gpus = 1\n{SECOND}{THIRD}", "f:4: host 'a': gpus must .* 0 for host 'b'"),
+        (f'ranks = "gpu"\n{FIRST}', "f:2: host 'a': gpus must be at least 1 if ranks is"),
         (f'ranks = "node"\n{FIRST}', 'f:1: ranks must be "host" or "gpu"; got .node'),
         (f"ranks = 3\n{FIRST}", 'f:1: ranks must be "host" or "gpu"; got 3'),
         (f"host = 3\n{FIRST}", "f:1: no key 'host'"),

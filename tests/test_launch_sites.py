@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -180,13 +181,15 @@ def test_sites_with_different_data_are_refused_before_the_start(bed, capfd):
     assert "nothing was started" in err and not living(bed)
 
 
-def test_reports_show_a_run_per_site_and_check_each(tmp_path, monkeypatch, capsys):
+def record_runs(tmp_path, monkeypatch, **west):
+    """Records the job `two` of two sites with a run each; `west` changes west's config.json."""
     monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
     monkeypatch.setattr(pull, "SshClient", LocalClient)
     for site in ("west", "east"):
         place = {"name": site, "sites": ["west", "east"]}
         times_s = series(60, median_s=1.0 if site == "west" else 2.0)
-        folder = write_run(tmp_path / site, times_s, site=place)
+        fields = {"site": place} | (west if site == "west" else {})
+        folder = write_run(tmp_path / site, times_s, **fields)
         with open(folder / "metrics.jsonl", "a") as file:
             for participants in (2, 1, 2):
                 file.write(json.dumps({"step": 60, "sites/participants": participants}) + "\n")
@@ -194,6 +197,10 @@ def test_reports_show_a_run_per_site_and_check_each(tmp_path, monkeypatch, capsy
         record = {"argv": [f"--config.workdir={folder}"], "env": {}, "site": site, "parent": "two"}
         Job.create([host], Policy(), "", f"two.{site}", **record, folders={})
     write_parent("two", {"west": "two.west", "east": "two.east"})
+
+
+def test_reports_show_a_run_per_site_and_check_each(tmp_path, monkeypatch, capsys):
+    record_runs(tmp_path, monkeypatch)
     assert summary.main(["two", "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [Path(line["run"]).name for line in lines] == ["west", "east"]
@@ -208,6 +215,24 @@ def test_reports_show_a_run_per_site_and_check_each(tmp_path, monkeypatch, capsy
     assert slo.main(["check", "two", f"--against={base}"]) == slo.BREACH
     out = capsys.readouterr().out
     assert out.count("against") == 2 and out.index("all bounds are met") < out.index("BREACH")
+
+
+def test_a_site_that_is_not_comparable_does_not_keep_another_from_being_checked(
+    tmp_path, monkeypatch, capsys
+):
+    record_runs(tmp_path, monkeypatch, devices=4)
+    base = str(tmp_path / "base.json")
+    assert slo.main(["record", "two.east", "--provisional", f"--out={base}"]) == 0
+    capsys.readouterr()
+    assert slo.main(["check", "two", f"--against={base}", "--json"]) == slo.REFUSED
+    out, err = capsys.readouterr()
+    assert "two.west: the run is not comparable" in err and "devices: the baseline has 8" in err
+    assert {row["state"] for row in json.loads(out)} >= {"ok"}
+    shutil.rmtree(tmp_path / "west")  # nor does one that cannot be read
+    shutil.rmtree(tmp_path / "jobs" / "two.west" / "run")
+    assert slo.main(["check", "two", f"--against={base}"]) == slo.REFUSED
+    out, err = capsys.readouterr()
+    assert "two.west: " in err and "all bounds are met" in out
 
 
 def write_inventories(folder, west="", east=""):

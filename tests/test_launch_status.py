@@ -8,6 +8,8 @@ from local_client import LocalClient, begin_job
 from launch import log_copy, operate
 
 RANK = {"rank": 1, "step": 40, "phase": "train", "ratios": {"data": 1.95}, "slow": ["data"]}
+STEP_40 = {"report": {"ranks": [{"rank": 1, "step": 40, "phase": "train"}]}}
+ENDED = {"code": 0, "why": "done"}
 
 
 @pytest.fixture
@@ -54,6 +56,17 @@ def test_a_header_that_is_nested_too_deeply_has_no_meaning():
         ({"report": [], "attempt": 10**400}, "no meaning"),
         ({"report": {"ranks": [RANK | {"ratios": {"data": 10**400}}]}}, "no meaning"),
         ({"alive": True, "age_s": 7.0}, "supervised     idle (7 s ago)"),
+        (
+            {"alive": False, "age_s": 7.2e3, **STEP_40},
+            "no supervisor  rank 1 step 40 train (2 h ago)",
+        ),
+        ({"alive": False, "age_s": 300, **STEP_40}, "train (5 min ago)\n"),
+        ({"alive": False, "age_s": 5.0, **STEP_40}, "no supervisor  rank 1 step 40 train\n"),
+        ({"alive": False, "age_s": 7.2e3, "outcome": ENDED}, "no supervisor  done\n"),
+        ({"alive": False, "processes": [12, 34]}, "idle; STILL ALIVE: pids 12 34\n"),
+        ({"alive": False, "processes": [*range(9)]}, "pids 0 1 2 3 4 5 6 7 ...\n"),
+        ({"outcome": ENDED, "processes": [12]}, "done; STILL ALIVE: pids 12\n"),
+        ({"alive": True, "processes": [12], **STEP_40}, "supervised     rank 1 step 40 train\n"),
         ({"alive": True, "age_s": 16.0}, "SILENT         its supervisor hangs, and is"),
         ({"report": {"ranks": [RANK]}}, "rank 1 step 40 train (STRAGGLER in data; data 1.95x)"),
         ({"report": {"ranks": [RANK | {"slow": []}]}}, "rank 1 step 40 train (data 1.95x)"),
@@ -64,7 +77,7 @@ def test_a_header_that_is_nested_too_deeply_has_no_meaning():
 def test_a_hosts_status_takes_one_line_or_is_indented(job, capsys, monkeypatch, found, shown):
     class Odd(LocalClient):
         def call(self, host, request, timeout_s=60.0):
-            return found | {"processes": []}
+            return {"processes": []} | found
 
     monkeypatch.setattr(operate, "connect", lambda job: Odd(job.hosts))
     assert operate.status([job], as_json=False) == 0

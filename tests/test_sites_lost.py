@@ -135,6 +135,18 @@ def test_a_site_that_lost_its_folder_after_a_return_is_admitted_again(tmp_path):
         assert a.posted("request") == [(1, 0, 14)]
 
 
+def test_a_site_that_is_away_until_its_round_is_forgotten_learns_that_it_was_left_out(tmp_path):
+    with sites_after(tmp_path, "[0, 2, [0], []]\n[0, 6, [0], []]\n") as (scene, a, b):
+        a.send(0, 6, {0: b"a"}, 1, {})
+        assert a.wait(0, 6, 10)
+        a.durable({0: 5})  # no checkpoint needs the round in which b was lost
+        b.send(0, 2, {0: b"b"}, 1, {})
+        with pytest.raises(SiteLeftOut):
+            b.wait(0, 2, 10)
+        assert b.finish(5) and not any(path.startswith("sent-") for path in scene.files("b"))
+        assert not [note for note in scene.notes["a"] if "refused" in note]
+
+
 def test_a_resumed_site_replays_its_rounds_before_the_one_that_went_on_without_it(tmp_path):
     with sites_after(tmp_path, "[0, 1, [0, 1], []]\n[0, 2, [0], []]\n") as (scene, a, b):
         a.send(0, 1, {0: b"a"}, 1, {})
@@ -217,13 +229,14 @@ def pace(limit):
 def test_a_lost_site_is_left_out_and_returns_with_the_same_weights(built, tmp_path):
     with Pair(built, tmp_path, codec="int4") as pair:
         step = [2 * PERIOD]
-        a, training_a = pair.start("a", before=pace(lambda: step[0]), save=(2 * PERIOD, 20))
+        # At step 12 only the checkpoint of step 8 counts: it needs no code of that time.
+        a, training_a = pair.start("a", before=pace(lambda: step[0]), save=(2 * PERIOD, 12, 20))
         b, training_b = pair.start("b", until=PERIOD, save=(PERIOD,))
         training_b.result(60)
         pair.exchanges["b"].close()  # it is lost after its first round, and a goes on
         assert wait_until(lambda: len(pair.ledger("a")) == 2, 60)
         step[0] = 3 * PERIOD
-        assert wait_until(lambda: len(pair.ledger("a")) == 3, 60)
+        assert wait_until(lambda: pair.exchanges["a"].mailbox.oldest == {0: 3}, 60)
         again, training_b = pair.start("b", b.saves[PERIOD], save=(STEPS,))
         assert wait_until(lambda: pair.exchanges["a"].posted("request"), 60)
         step[0] = STEPS

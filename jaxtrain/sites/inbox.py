@@ -8,6 +8,7 @@ from jaxtrain.sites import BLOCK
 from jaxtrain.sites.errors import Disagreement
 from jaxtrain.sites.frames import (
     HAVE,
+    NO_RECORD,
     STORED,
     BadFrame,
     Key,
@@ -24,7 +25,6 @@ from jaxtrain.sites.outbox import describe
 BYTES_AN_ELEMENT = 8  # no codec needs more; a larger message is refused
 CODES_IN_A_STATE = 3  # a message that is not a code holds at most this much more,
 LEAST_LIMIT = 1 << 16  # and may have this many bytes even if the link has no blocks
-NO_RECORD = -1  # the CRC of a message that is too old to be accepted
 
 
 class Owner(Protocol):
@@ -86,7 +86,7 @@ class Inbox:
         if known is None and is_old and message.kind == "code":
             known = NO_RECORD
         if known is not None:
-            if known != message.crc:
+            if known not in (message.crc, NO_RECORD):
                 name, process = self._peer
                 self._owner.note(
                     f"refused {describe(key)} from process {process} of site {name}: the code "

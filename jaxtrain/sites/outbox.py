@@ -6,7 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtrain.sites.errors import Disagreement
-from jaxtrain.sites.frames import OFFER, BadFrame, Key, Message, pack, pack_chunk, parse_key
+from jaxtrain.sites.frames import (
+    NO_RECORD,
+    OFFER,
+    BadFrame,
+    Key,
+    Message,
+    pack,
+    pack_chunk,
+    parse_key,
+)
 from jaxtrain.sites.mailbox import Mailbox, Peer
 from jaxtrain.sites.stream import Stream
 
@@ -130,7 +139,11 @@ class Outbox:
             ) from error
 
     def on_stored(self, body: Any) -> None:
-        """Removes a message that the peer has on disk.
+        """Removes a message that the peer has on disk, or that came too late for it.
+
+        A peer without a record of a code went on without this site, which learns that from the
+        leader's decision. A peer that waits for all sites has then lost its folder, and with it its
+        own code of that round: `Exchange` raises an error because that code is missing.
 
         Raises:
             Disagreement: it has stored another one.
@@ -139,7 +152,7 @@ class Outbox:
         out = self.messages.get(key)
         if out is None or out.stored:
             return
-        if body.get("crc") != out.message.crc:
+        if body.get("crc") not in (out.message.crc, NO_RECORD):
             raise different_code(self._peer, key)
         if key.kind == "code":
             self.newest = self.newest or {}
