@@ -1,5 +1,6 @@
 """The operator's record of a job: its command, its hosts and its logs so far."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -14,6 +15,7 @@ from launch.host.interfaces import interface_variables
 from launch.host.restart_policy import Policy
 from launch.inventory import Host, Inventory
 from launch.log_copy import locked
+from launch.terminal import note
 
 PYTHON = "{python}"  # in argv: stands for each host's interpreter
 TRAINER = "jaxtrain.train"  # the program whose flags name data and which writes a heartbeat
@@ -139,17 +141,56 @@ class Job:
         return {"op": "start", "job": self.id, "spec": spec, "scope": scope}
 
 
-def read_jobs(name: str) -> list[Job]:
+def sites_of(name: str) -> dict[str, str]:
+    """Returns {site: its newest job} of a job at several sites; {} if the name is not of one."""
+    try:
+        return dict(read_json(jobs_folder() / name / "job.json").get("jobs", {}).items())
+    except (OSError, ValueError, AttributeError):  # Job says what is wrong
+        return {}
+
+
+def read_jobs(name: str, starting: bool = False) -> list[Job]:
     """Returns the job of this name; if the name stands for a job at several sites, that of each.
+
+    A site's job is the newest that has begun: one whose start failed, or is not done yet, does not
+    hide the job that it continues. The name of a job that was continued leads to it too.
+
+    Args:
+        starting: also return newer jobs that have not begun; another terminal may start them yet.
 
     Raises:
         ValueError: this machine has no such job.
     """
-    try:
-        ids = list(read_json(jobs_folder() / name / "job.json").get("jobs", {}).values())
-    except (OSError, ValueError, AttributeError):  # Job says what is wrong
-        ids = []
-    return [Job(job_id) for job_id in ids or [name]]
+    if newest := sites_of(name):
+        return [job for job_id in newest.values() for job in _current(job_id, name, starting)]
+    record = Job(name).record
+    newest = sites_of(record["parent"]) if "parent" in record else {}
+    jobs = _current(newest.get(record.get("site", ""), name), name, starting)
+    if jobs[-1].id != name:
+        note(f"{name} was continued as {jobs[-1].id}, to which this command applies")
+    return jobs
+
+
+def _current(job_id: str, name: str, starting: bool) -> list[Job]:
+    """Returns the job that `name` leads to; if `starting`, after the newer ones.
+
+    Args:
+        job_id: the newest job of a site, or a job of its own.
+        name: of an older job of the same site, or of the job at several sites.
+    """
+    history = [Job(job_id)]
+    parent = history[0].record.get("parent")
+    with contextlib.suppress(ValueError):  # an older record was deleted
+        while parent and (older := history[-1].record.get("resumes")):
+            if (job := Job(older)).record.get("parent") != parent:
+                break
+            history.append(job)
+    ids = [job.id for job in history]
+    if name != parent and name not in ids:  # a start that failed, and was not continued
+        return [Job(name)]
+    begun = (i for i, job in enumerate(history) if job.record.get("begun"))
+    i = min(next(begun, 0), ids.index(name) if name in ids else len(ids))
+    return history[: i + 1] if starting else [history[i]]
 
 
 def name_of(jobs: Sequence[Job]) -> str:
@@ -165,7 +206,7 @@ def write_parent(job_id: str, jobs: Mapping[str, str]) -> None:
 
 
 def replace_in_parent(job: Job) -> None:
-    """Makes a new job of one site stand where that site's former job stood."""
+    """Makes a new job of one site stand where that site's former job stood, see `read_jobs`."""
     parent = job.record["parent"]
-    jobs = read_json(jobs_folder() / parent / "job.json").get("jobs", {})
-    write_parent(parent, jobs | {job.record["site"]: job.id})
+    with open(jobs_folder() / parent / "job.lock", "ab") as file, locked(file):
+        write_parent(parent, sites_of(parent) | {job.record["site"]: job.id})

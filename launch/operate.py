@@ -11,7 +11,7 @@ from launch.answers import COUNT, Range, mismatch
 from launch.follow import JobMonitor
 from launch.host.exit_codes import INTERRUPTED, PREEMPTED, STOPPED
 from launch.inventory import Host
-from launch.job import Job, jobs_folder, name_of, read_jobs
+from launch.job import Job, jobs_folder, name_of, read_jobs, sites_of
 from launch.log_copy import OUTCOME
 from launch.ssh import HostError, SshClient
 from launch.stop import connect, detach, stop, uninterrupted
@@ -50,20 +50,19 @@ def follow(jobs: Sequence[Job], as_json: bool, read_only: bool = False, raw: boo
         The exit status; of several jobs the first failure, then the first stop.
 
     Raises:
-        ValueError: a job never started.
-        HostError: a job's outcome cannot be known. The other jobs are followed to their end first.
+        ValueError: no job ever started.
+        HostError: a job never started, or its outcome cannot be known. The other jobs are followed
+            to their end first.
     """
-    for job in jobs:
-        if not job.record.get("begun"):
-            raise ValueError(
-                f"job {job.id} never started, so there is no log. `launch.run resume "
-                f"{name_of(jobs)}` starts its command."
-            )
-    clients = [connect(job) for job in jobs]
-    width = max(len(host.name) for job in jobs for host in job.hosts)
-    pairs = zip(clients, jobs, strict=True)
-    monitors = [JobMonitor(c, job, as_json, read_only, raw, width) for c, job in pairs]
-    codes, errors = {}, []
+    name, begun = name_of(jobs), [job for job in jobs if job.record.get("begun")]
+    text = "job {} never started, so there is no log. `launch.run resume {}` starts its command."
+    if not begun:
+        raise ValueError(text.format(name, name))
+    codes, errors = {}, [text.format(job.id, job.id) for job in jobs if job not in begun]
+    for error in errors:
+        note(error)
+    width = max(len(host.name) for job in begun for host in job.hosts)
+    monitors = [JobMonitor(connect(j), j, as_json, read_only, raw, width) for j in begun]
     try:
         with contextlib.ExitStack() as stack:
             for monitor in monitors:
@@ -72,10 +71,9 @@ def follow(jobs: Sequence[Job], as_json: bool, read_only: bool = False, raw: boo
                 try:
                     _print_new(monitors, codes, errors)
                 except KeyboardInterrupt:  # the followers go on and renew the lease meanwhile
-                    if read_only or _ask_to_leave(monitors, name_of(jobs)):
+                    if read_only or _ask_to_leave(monitors, name):
                         return 0
     except KeyboardInterrupt:  # a second one, before the first was handled
-        name = name_of(jobs)
         note(f"interrupted. The job may still run: `launch.run attach {name}` follows it again")
         return INTERRUPTED
     if errors:
@@ -252,10 +250,11 @@ def list_jobs() -> int:
     """Prints a line per job of this machine."""
     for path in sorted(jobs_folder().iterdir()):
         with contextlib.suppress(ValueError):  # a folder without a record
-            if len(jobs := read_jobs(path.name)) > 1:
-                show(f"{path.name}  stands for {' '.join(job.id for job in jobs)}")
+            if sites_of(path.name):
+                ids = [job.id for job in read_jobs(path.name)]
+                show(f"{path.name}  stands for {' '.join(ids)}")
                 continue
-            record = jobs[0].record
+            record = Job(path.name).record
             outcome = record.get("outcome")
             state = "running or not yet seen to end" if record.get("begun") else "never started"
             if outcome:

@@ -14,6 +14,7 @@ Commands for a job that was started:
                   code; the job must have ended
 
 With --sites, a job JOB.SITE starts at each site, and JOB stands for all of them in every command.
+JOB.SITE means the site's current job, also after a resume.
 --for sets a flag of the program at one site.
 
 --env=JAXTRAIN_NOTIFY_URL passes on the address of a webhook. It then receives an alert when a rank
@@ -181,7 +182,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m launch.run") -> i
             return start(args, flags)[1]
         if args.job is None:
             return list_jobs()
-        jobs = read_jobs(args.job)
+        jobs = read_jobs(args.job, starting=args.verb == "stop")
         verbs = {
             "attach": lambda: follow(jobs, args.json, raw=args.raw),
             "logs": lambda: follow(jobs, args.json, read_only=True, raw=args.raw),

@@ -6,6 +6,7 @@ import pytest
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.data.quick_fingerprint import BLOCK_BYTES, quick_fingerprint, summarise
 from jaxtrain.run_directory.lock import RunLock
+from launch.host.claim import Claim
 
 
 def fingerprint_of(folder):
@@ -56,4 +57,8 @@ def test_the_command_names_the_run_directory_and_the_run_that_writes_to_it(tmp_p
         found = summarise(cfg)
     assert found["workdir"] == str(tmp_path / "runs" / "debug") and found["files"] == 1
     assert found["owner"]["pid"] == os.getpid() and found["owner"]["job"] == "1126-a"
+    assert summarise(cfg)["owner"] == {}
+    claim = Claim(tmp_path / "runs" / "debug", "1126-b")  # that job waits for its next attempt
+    assert summarise(cfg)["owner"]["job"] == "1126-b"
+    claim.release()
     assert summarise(cfg)["owner"] == {}

@@ -163,7 +163,8 @@ def test_a_host_refuses_a_second_job_that_writes_to_the_same_run_directory(job, 
         return job, client.call(host, job.request(host))
 
     first, _ = start_in("runs/a")
-    with pytest.raises(HostError, match=f"job {first.id} is running and writes to .*/runs/a"):
+    refused = rf"job {first.id} \(pid \d+ on .*\) is running and writes to .*/runs/a"
+    with pytest.raises(HostError, match=refused):
         start_in(str(tmp_path / "link" / "runs" / "a"))
     second, answer = start_in("runs/b")
     assert answer == {"started": True}

@@ -6,8 +6,8 @@ It is {"files", "bytes", "fingerprint"}. The fingerprint covers the names and si
 and 16 blocks of each, so it takes seconds. A difference outside these blocks is not noticed here.
 Training notices it at its start, because its own fingerprint covers every byte.
 
-It also prints the run directory of the config, and the content of its lock file if another run
-writes to it: {"workdir", "owner"}.
+It also prints the run directory of the config and, if another run or job writes to it, the content
+of the file that this one has locked there: {"workdir", "owner"}.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from jaxtrain.data.encoding.input_files import list_files
 from jaxtrain.data.shard_files import find_shards, list_shards
 from jaxtrain.distributed.program import run_main
 from jaxtrain.run_directory.liveness import find_owner
-from jaxtrain.run_directory.lock import LOCK_FILE
+from jaxtrain.run_directory.lock import JOB_FILE, LOCK_FILE
 
 BLOCK_BYTES, BLOCKS = 1 << 12, 16  # per file: the first, the last, and 14 in between
 
@@ -69,7 +69,7 @@ def _read_blocks(path: Path, size: int) -> bytes:
 def summarise(cfg: TrainConfig) -> dict:
     """Returns the quick fingerprint, the run directory, and who writes to it: {} if nobody does."""
     workdir = Path(cfg.workdir).absolute()
-    owner = find_owner(workdir / LOCK_FILE)
+    owner = find_owner(workdir / LOCK_FILE) or find_owner(workdir / JOB_FILE)
     return quick_fingerprint(cfg) | {"workdir": str(workdir.resolve()), "owner": owner}
 
 

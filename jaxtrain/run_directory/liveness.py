@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+JOB_VARIABLE = "JAXTRAIN_JOB"  # the job of this process; set by launch/host/ranks.py
 # Types of file systems whose flock, by default, works only between the processes of one host.
 THIS_HOST_ONLY = ("9p", "fuse", "virtiofs", "vboxsf", "drvfs")
 # Mount options that limit flock to one host.
@@ -32,7 +33,7 @@ def describe_this_process(run_id: str | None, inode: int) -> dict[str, Any]:
         "host": socket.gethostname(),
         "start": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
         "command": shlex.join(sys.argv),
-        "job": os.environ.get("JAXTRAIN_JOB", ""),  # set by launch/host/ranks.py
+        "job": os.environ.get(JOB_VARIABLE, ""),
         "run": run_id,
         "boot": boot_id(),
         "pid_start": pid_start(os.getpid()),
@@ -56,11 +57,13 @@ def find_owner(path: str | Path) -> dict[str, Any]:
     between hosts. Starting a run there notices it.
     """
     try:
-        file = os.open(path, os.O_RDONLY)
+        # NFS gives an exclusive lock only to who may write.
+        file = os.open(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
     except OSError:
         return {}
     try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        # Exclusive, because several processes of a run, or hosts of a job, may share the lock.
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return read_owner(path)
     except OSError:  # this file system has no flock

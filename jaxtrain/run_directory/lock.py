@@ -19,6 +19,10 @@ NFSv3 keeps the lock of a host that has died until that host is up again. Removi
 directory, because a new file has a new lock. A run whose `.lock` was removed notices before its
 next save; it then takes the lock again, or stops if another run has it.
 
+A job of the launcher also keeps `.job` in the directory locked, from its start to its end, because
+it may wait for a long time between two attempts (launch/host/claim.py). A run that does not belong
+to this job is refused meanwhile.
+
 With checkpoint.storage=host0 every host has its own directory, where each of its processes
 writes hosts/N.jsonl. These processes share the lock by the id of their run, so that another run is
 refused on each of these hosts.
@@ -38,13 +42,15 @@ from typing import Any, Self
 
 from jaxtrain.file_errors import add_path_to_errors, describe_error
 from jaxtrain.run_directory.liveness import (
+    JOB_VARIABLE,
     describe_this_process,
+    find_owner,
     is_owner_alive,
     locks_this_host_only,
     read_owner,
 )
 
-LOCK_FILE = ".lock"
+LOCK_FILE, JOB_FILE = ".lock", ".job"
 WAIT_S = 2.0  # for an owner that is exiting: after a kill, freeing GPU memory takes up to a second
 BEAT_S, BEATS = 10.0, 6  # the file is touched every BEAT_S; an owner that misses BEATS is dead
 NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
@@ -93,6 +99,8 @@ class RunLock:
         try:
             self._created_folder = not self.workdir.exists()
             self.workdir.mkdir(parents=True, exist_ok=True)
+            if self.path.name == LOCK_FILE:
+                self._refuse_other_job()
             self._acquire()
         except OSError as error:
             self._release()
@@ -142,12 +150,18 @@ class RunLock:
         """Returns a line on what the lock does not protect against; [] if it protects fully."""
         return [self._gap] if self._gap else []
 
+    def _refuse_other_job(self) -> None:
+        path = self.workdir / JOB_FILE
+        owner = find_owner(path)
+        if owner and owner.get("job") != os.environ.get(JOB_VARIABLE):
+            raise RunLocked(self._describe_refusal(path, owner))
+
     def _acquire(self) -> None:
         deadline = time.monotonic() + self._wait_s
         while not self._try_to_acquire():
             owner = read_owner(self.path)
             if time.monotonic() > deadline:
-                raise RunLocked(self._describe_refusal(owner))
+                raise RunLocked(self._describe_refusal(self.path, owner))
             time.sleep(0.05)
 
     def _try_to_acquire(self) -> bool:
@@ -243,22 +257,24 @@ class RunLock:
             with contextlib.suppress(OSError):
                 self.workdir.rmdir()
 
-    def _describe_refusal(self, owner: dict[str, Any]) -> str:
+    def _describe_refusal(self, path: Path, owner: dict[str, Any]) -> str:
         rule = f"only one run may write to a folder; {self.workdir} is in use by"
         if not owner:
-            unnamed = f"a process that {self.path.name} does not name"
+            unnamed = f"a process that {path.name} does not name"
             return f"{rule} {unnamed}. End it, or set {self._flag}."
         is_here = owner["host"] == socket.gethostname()
         where = "" if is_here else f" on {owner['host']}"
-        job = f"job {owner['job']}, " if owner.get("job") else ""
+        job, stop = "", f"`kill {owner['pid']}`{where}"
+        if owner.get("job"):  # its supervisor would start a killed process again
+            job, stop = f"job {owner['job']}, ", f"`python -m launch.run stop {owner['job']}`"
         text = (
             f"{rule} {job}pid {owner['pid']} on {owner['host']}, started {owner['start']}. "
-            f"Wait until it ends, stop it with `kill {owner['pid']}`{where} (it saves first), or "
+            f"Wait until it ends, stop it with {stop} (it saves first), or "
             f"set another {self._flag}."
         )
         if is_here:
             return text
-        return f"{text} If that host has died, remove {self.path} and start again."
+        return f"{text} If that host has died, remove {path} and start again."
 
 
 def is_same_file(descriptor: int, path: Path) -> bool:

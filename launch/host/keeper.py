@@ -17,7 +17,9 @@ import traceback
 from pathlib import Path
 
 from launch.host import processes
+from launch.host.claim import Claim
 from launch.host.exit_codes import WORKER_FAILED
+from launch.host.facts import with_timeout
 from launch.host.files import read_json, write_json
 from launch.host.ranks import MARGIN_S
 from launch.host.restart_policy import Policy
@@ -107,8 +109,10 @@ def _work(folder: Path, fate: str, life: int) -> int:
         return WORKER_FAILED
 
 
-def start_detached(folder: Path) -> None:
+def start_detached(folder: Path, claim: Claim | None = None) -> None:
     """Starts the keeper as a daemon, which outlives the SSH connection.
+
+    The daemon has the claim of the job's run directory from then on.
 
     sshd ends a session's processes by SIGHUP from the terminal or by closing their pipes. The
     keeper is in a session without a terminal (setsid; the second fork gives up the right to get
@@ -116,6 +120,8 @@ def start_detached(folder: Path) -> None:
     """
     if os.fork():
         os.wait()
+        if claim:
+            os.close(claim.file)
         return
     os.setsid()
     if os.fork():
@@ -124,12 +130,20 @@ def start_detached(folder: Path) -> None:
     errors = os.open(folder / "supervisor.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for number, target in ((0, null), (1, null), (2, errors)):
         os.dup2(target, number)
-    os.closerange(3, 256)  # among them the lock that the request holds
-    # The worker inherits the lock, which lasts as long as either of the two processes.
+    claimed = claim.file if claim else 3
+    os.closerange(3, claimed)  # among them the lock that the request holds
+    os.closerange(claimed + bool(claim), 256)
+    # The worker inherits the locks, which last as long as either of the two processes.
     fcntl.flock(os.open(folder / KEEPER, os.O_RDWR | os.O_CREAT, 0o600), fcntl.LOCK_EX)
     write_json(folder / KEEPER_ID, processes.identify(os.getpid()))
     os.chdir("/")
-    os._exit(keep(folder))
+    if claim:
+        claim.sign()
+    code = keep(folder)
+    if claim:
+        with contextlib.suppress(OSError):  # a file system that does not answer
+            with_timeout(claim.release)
+    os._exit(code)
 
 
 def is_running(folder: Path) -> bool:

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -14,12 +15,13 @@ from typing import Any
 
 from launch.host import log, processes, stopping
 from launch.host.agent import serve_orders
+from launch.host.claim import claim_run_directory
 from launch.host.code import Request, land, receive, root_of
 from launch.host.environment import build_environment, summarize_data
 from launch.host.facts import gather_facts
 from launch.host.files import read_json, write_json
-from launch.host.keeper import has_supervisor, is_running, start_detached
-from launch.host.run_files import WORKDIR, read_changes, run_directory
+from launch.host.keeper import has_supervisor, is_running, start_detached, supervisor_pids
+from launch.host.run_files import read_changes
 from launch.host.stream import stream_log
 
 JOBS_KEPT = 50  # a host stores this many folders of ended jobs
@@ -44,8 +46,8 @@ def start(request: Request) -> dict[str, bool]:
             return {"started": False}
         spec = request["spec"]
         spec["cwd"] = os.path.expanduser(spec["cwd"])
-        refuse_second_writer(folder, spec)
         refuse_second_resume(folder, spec)
+        claim = claim_run_directory(spec)
         if not (folder / "job.json").exists():
             (folder / "lease").touch()  # only at first: a detached job must not get one again
         spec["argv"][0] = os.path.expanduser(spec["argv"][0])
@@ -54,7 +56,7 @@ def start(request: Request) -> dict[str, bool]:
             spec["argv"] += [f"--sites_file={folder / 'sites.json'}", f"--site={spec['site']}"]
         write_json(folder / "job.json", spec)
         prune(folder.parent)
-        start_detached(folder)
+        start_detached(folder, claim)
         deadline = time.monotonic() + 10
         while not is_running(folder) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -72,18 +74,6 @@ def start_lock(request: Request) -> Iterator[None]:
         yield
 
 
-def refuse_second_writer(folder: Path, spec: Request) -> None:
-    """Raises RuntimeError if another job runs on this host and writes to the same run directory."""
-    workdir = run_directory(spec)
-    if not workdir:
-        return
-    for other in folder.parent.iterdir():
-        if other != folder and has_supervisor(other):
-            if run_directory(read_json(other / "job.json")) == workdir:
-                problem = f"job {other.name} is running and writes to {workdir}"
-                raise RuntimeError(f"{problem}. Stop it, or set another {WORKDIR}")
-
-
 def refuse_second_resume(folder: Path, spec: Request) -> None:
     """Raises RuntimeError if the job that this one resumes was resumed as another that runs."""
     old = folder.parent / spec["resumes"] if spec.get("resumes") else None
@@ -92,7 +82,9 @@ def refuse_second_resume(folder: Path, spec: Request) -> None:
     claim = old / "resumed_as"
     other = folder.parent / claim.read_text() if claim.exists() else folder
     if other != folder and has_supervisor(other):
-        problem = f"job {old.name} was resumed as {other.name}, which is running"
+        pids = " ".join(map(str, supervisor_pids(other)[:1]))
+        who = f"pid {pids} on {socket.gethostname()}"
+        problem = f"job {old.name} was resumed as {other.name}, which is running ({who})"
         raise RuntimeError(f"{problem}. Follow that one: python -m launch.run attach {other.name}")
     claim.write_text(folder.name)
 

@@ -81,6 +81,8 @@ class Supervisor:
             self.controller.kernel_state = self.followers.kernel_state
         else:
             self.leader = FollowerChannel(address, port, token)
+        if unclaimed := self.job.get("unclaimed"):
+            self.write_log(f"{self.names[self.me]}: {unclaimed}")
         if fate or self.ranks.attempt:
             ended = fate or "ended without an outcome (reboot or power loss?)"
             mark = "ROOT CAUSE " if self.me == 0 else ""  # the leader reports other hosts' causes
