@@ -229,7 +229,7 @@ def pace(limit):
 def test_a_lost_site_is_left_out_and_returns_with_the_same_weights(built, tmp_path):
     with Pair(built, tmp_path, codec="int4") as pair:
         step = [2 * PERIOD]
-        # At step 12 only the checkpoint of step 8 counts: what the round of the loss needed is gone.
+        # At step 12 only the checkpoint of step 8 counts: it needs no code of that time.
         a, training_a = pair.start("a", before=pace(lambda: step[0]), save=(2 * PERIOD, 12, 20))
         b, training_b = pair.start("b", until=PERIOD, save=(PERIOD,))
         training_b.result(60)
