@@ -35,7 +35,7 @@ RANK = {
 SHOWN = {  # what `status` prints; only that command refuses another
     "error?": str,
     "stopped?": bool,
-    "age_s?": Range(float, -1e9, 1e9),  # negative if the host's clock was set back
+    "age_s?": Range(float, 0, 1e9),
     "attempt?": COUNT,
     "report?": {"ranks?": [RANK]},
 }
