@@ -1,15 +1,17 @@
 """Baselines: passes, breaches and refusals of a check; and prices computed from them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from run_directories import A40, curve, series, write_run
 
 from launch import slo
-from launch.report.baseline import FIGURES, NOT_ENFORCED, check, record
+from launch.report.baseline import NOT_ENFORCED, check, record
 from launch.report.price import price, read_span
 from launch.report.run_folder import read_run
+from launch.report.slo_figures import FIGURES
 
 ROOT = Path(__file__).parent.parent
 H100 = A40 | {"name": "h100", "kind": "NVIDIA H100 80GB HBM3"}
@@ -130,20 +132,37 @@ def test_identical_runs_give_bounds_at_the_floors(tmp_path):
     assert "BREACH" not in {row["state"] for row in check(baseline, again)}
 
 
-def test_a_baseline_of_one_run_must_be_called_provisional_and_checks_say_so(tmp_path, capsys):
+def test_a_provisional_baseline_states_its_assumed_false_alarms_in_both_commands(tmp_path, capsys):
     write_run(tmp_path / "a", series(60))
     out = f"--out={tmp_path}/base.json"
     code, text = run("record", tmp_path / "a", out, capsys=capsys)
     assert code == 2 and "three RUNs or more, or --provisional" in text
-    assert run("record", tmp_path / "a", "--provisional", out, capsys=capsys)[0] == 0
+    code, recorded = run("record", tmp_path / "a", "--provisional", out, capsys=capsys)
+    assert code == 0 and "to report a slow-down 9 times of 10, a baseline needs: 5% " in recorded
     code, text = run("check", tmp_path / "a", f"--against={tmp_path}/base.json", capsys=capsys)
     assert code == 0 and "provisional: recorded from one run" in text
+    stated = "if runs differ by 5% in speed (assumed), a run that is "
+    alarms = [re.search("of 100 equal runs ([0-9.]+) are, by mistake", x) for x in (recorded, text)]
+    assert stated in recorded and stated in text
+    assert [10 < float(alarm[1]) < 60 for alarm in alarms] == [True, True]
     runs = [write_run(tmp_path / str(i), series(60, seed=i)) for i in range(3)]
     assert run("record", *runs, out, capsys=capsys)[0] == 0
-    assert (
-        "provisional"
-        not in run("check", runs[0], f"--against={tmp_path}/base.json", capsys=capsys)[1]
-    )
+    text = run("check", runs[0], f"--against={tmp_path}/base.json", capsys=capsys)[1]
+    assert "provisional: recorded" not in text and "(assumed)" not in text
+
+
+def test_a_baseline_of_an_earlier_version_is_checked_and_its_false_alarms_are_not_stated(
+    tmp_path, recorded, capsys
+):
+    old = json.loads(recorded.read_text())
+    old |= {"version": 1, "power": {"between": None, "false_alarms": 0.0, "least_caught": 0.03}}
+    recorded.write_text(json.dumps(old))
+    code, out = run("check", tmp_path / "good", f"--against={recorded}", capsys=capsys)
+    assert code == 0 and "an earlier version recorded this baseline" in out
+    assert "by mistake" not in out and out.endswith("all bounds are met\n")
+    recorded.write_text(json.dumps(old | {"version": 3}))
+    code, out = run("check", tmp_path / "good", f"--against={recorded}", capsys=capsys)
+    assert code == 2 and "must have version 1 or 2" in out
 
 
 def test_a_percentile_is_enforced_only_with_enough_steps_beyond_it(tmp_path):
@@ -153,7 +172,7 @@ def test_a_percentile_is_enforced_only_with_enough_steps_beyond_it(tmp_path):
         (1200, "ok", "ok"),
     ):
         run = read_run(write_run(tmp_path / str(steps), series(steps)))
-        rows = {row["figure"]: row for row in check(record([run], 0.99), run)}
+        rows = {row["figure"]: row for row in check(record([run], 0.95), run)}
         assert (rows["step_p95_s"]["state"], rows["step_p99_over_p50"]["state"]) == (p95, p99)
         assert rows["step_p50_s"]["state"] == "ok"
 

@@ -1,6 +1,7 @@
 import dataclasses
 import importlib
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,10 +10,13 @@ from jaxtrain.config.train_config import (
     OptimConfig,
     TrainConfig,
     config_hash,
+    flatten,
     freeze,
-    shared_fields,
 )
+from jaxtrain.sites.identity import SITE_FIELDS, shared_fields
+from jaxtrain.sites.outer_state import check_same_rounds
 from jaxtrain.sites.start import read_membership
+from jaxtrain.training.resume import start_state
 
 TWO = TrainConfig(sites=SitesConfig(period=10))
 
@@ -73,6 +77,51 @@ def test_sites_may_differ_in_machine_and_step_counts_but_not_in_what_they_train(
     different = lambda a: {k for k, v in shared_fields(a).items() if shared_fields(TWO)[k] != v}
     assert different(longer) == {"steps / sites.period"}
     assert different(other) == {"seed", "sites.codec"}
+
+
+def test_sites_must_train_the_same_function_also_where_a_name_begins_as_a_free_one():
+    values = dict(attention_scale=0.125, attention_softcap=30.0, attention_bias="qkv")
+    other = dataclasses.replace(TWO, model=dataclasses.replace(TWO.model, **values))
+    changed = shared_fields(other).items() - shared_fields(TWO).items()
+    assert {name for name, _ in changed} == {f"model.{name}" for name in values}
+
+
+def test_fragments_must_start_at_the_same_fraction_of_each_sites_period():
+    """Fragment 1 starts after step 7 of 15 or 15 of 30: an end after step 22 or 44 differs."""
+    given = lambda steps, period, n: shared_fields(
+        TrainConfig(steps=steps, sites=SitesConfig(period=period, fragments=n))
+    )
+    different = given(22, 15, 2).items() - given(44, 30, 2).items()
+    assert dict(different) == {"starts of sites.fragments / sites.period": '"0 7/15"'}
+    assert given(44, 30, 2) == given(88, 60, 2) and given(22, 15, 1) == given(44, 30, 1)
+
+
+def test_each_field_that_sites_or_a_hash_leave_out_exists():
+    """A name that ends in a dot is that of a section; another one is that of one field."""
+    names = flatten(TWO)
+    for name in SITE_FIELDS:
+        assert name in names or name.endswith(".") and any(k.startswith(name) for k in names), name
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("period", 60), ("period", 0), ("fragments", 3), ("codec", "int4"), ("rate", 1.0)]
+    + [("momentum", 0.0), ("error_decay", 1.0), ("delay", 5)],
+)
+def test_a_resumed_run_refuses_other_rounds_before_it_restores_anything(tmp_path, name, value):
+    stored = flatten(TrainConfig(workdir=str(tmp_path), sites=SitesConfig(period=30)))
+    checkpoints = SimpleNamespace(read_meta=lambda: {"config": stored})
+    sites = dataclasses.replace(SitesConfig(period=30), **{name: value})
+    run = SimpleNamespace(cfg=TrainConfig(workdir=str(tmp_path), sites=sites))
+    with pytest.raises(ValueError, match=rf"got sites.{name}={value!r}, not .*--sites.{name} as"):
+        start_state(run, checkpoints, None, None)
+
+
+def test_a_resumed_run_may_hide_the_exchange_for_longer_and_wait_less_long_for_a_site():
+    stored = flatten(TrainConfig(sites=SitesConfig(period=30, delay=5)))
+    values = dict(period=30, delay=29, grace=0, on_loss="fewer", lost_s=60.0)
+    check_same_rounds(SitesConfig(**values), stored)
+    check_same_rounds(SitesConfig(codec="int4"), flatten(TrainConfig()))  # unused on one site
 
 
 def test_without_several_sites_their_fields_do_not_change_the_hash_of_a_config():

@@ -9,9 +9,8 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any, TypeVar, overload
 
 from ml_collections import ConfigDict
@@ -39,16 +38,6 @@ from jaxtrain.config.sections import (
 
 NOT_MATRICES = ("embed", "positions", "head")  # names in model.init_std that are no hidden matrices
 MAX_FIELDS = 162  # a test enforces it
-# Fields, or sections, that may differ between the sites of a job: those of one machine, and numbers
-# of steps, because a faster site takes more of them in the same time.
-SITE_FIELDS = (
-    *("steps", "accumulation", "data.batch", "data.prefetch", "mesh.", "kernels.", "strict"),
-    *("model.attention", "optim.total_steps", "optim.warmup_steps", "sites.period", "sites.delay"),
-    *("log_every", "eval_every", "eval_from", "eval_tokens", "save_every", "keep_last"),
-    *("keep_every", "diagnose_every", "max_bad_steps", "checkpoint.", "sample.", "measure."),
-    *("eval.", "profile.", "export.", "notify.", "workdir", "compile_cache", "deterministic"),
-    "weights",
-)
 SectionType = TypeVar("SectionType", bound=Section)
 
 
@@ -251,6 +240,13 @@ def flatten(config: TrainConfig) -> dict[str, Any]:
     return flat
 
 
+def flatten_without(config: TrainConfig, names: Sequence[str]) -> dict[str, Any]:
+    """Returns {flag: value} without these fields, and without these sections, written as NAME. ."""
+    sections = tuple(name for name in names if name.endswith("."))
+    flat = flatten(config).items()
+    return {k: v for k, v in flat if k not in names and not k.startswith(sections)}
+
+
 def describe_changes(stored: Mapping[str, Any], config: TrainConfig) -> list[str]:
     """Returns a line for each field that differs: `optim.learning_rate 0.02, was 0.01`.
 
@@ -284,14 +280,7 @@ def start_hash(config: TrainConfig) -> str:
     return _hash(config)
 
 
-def shared_fields(config: TrainConfig) -> dict[str, str]:
-    """Returns {field: value} of all that must be equal at all sites of a job."""
-    fields = {k: v for k, v in flatten(config).items() if not k.startswith(SITE_FIELDS)}
-    fields["steps / sites.period"] = str(Fraction(config.steps, config.sites.period))
-    return {name: json.dumps(value) for name, value in fields.items()}
-
-
 def _hash(config: TrainConfig, *without: str) -> str:
     without = ("workdir", "compile_cache", *without)  # hosts may have these folders elsewhere
-    values = {k: v for k, v in flatten(config).items() if not k.startswith(without)}
+    values = flatten_without(config, without)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]

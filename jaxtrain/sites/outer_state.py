@@ -5,16 +5,49 @@ resume on another mesh. A round that has started and is not applied is stored by
 with; after a restart its thread runs again, and sends the same bytes.
 """
 
+from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxtrain.config.run_sections import SitesConfig
 from jaxtrain.model.trees import named_leaves
 from jaxtrain.sites.rounds import Rounds
 
 NAME = "sites"  # of the outer state among the leaves of a checkpoint
+SAME = ("period", "fragments", "codec", "rate", "momentum", "error_decay")
+
+
+def check_same_rounds(cfg: SitesConfig, stored: Mapping[str, Any]) -> None:
+    """Raises ValueError if a resumed run would have other rounds than before.
+
+    With another period, the number of rounds that belong to a step changes, so that some are left
+    out or several run at once. Rounds that other sites have already must give the same bits again.
+
+    Args:
+        stored: the checkpoint's config, by flag name. A field that it lacks did not exist yet, so
+            that it had its default.
+    """
+    theirs = SitesConfig(
+        **{name: stored[f"sites.{name}"] for name in vars(cfg) if f"sites.{name}" in stored}
+    )
+    changed = [name for name in SAME if getattr(cfg, name) != getattr(theirs, name)]
+    if bool(cfg.delay) != bool(theirs.delay):  # only with a delay the checkpoint has the weights
+        changed.append("delay")
+    if not cfg.period or not theirs.period:  # the other fields are unused
+        changed = [name for name in changed if name == "period"]
+    if changed:
+        got = "; ".join(
+            f"sites.{x}={getattr(cfg, x)!r}, not {getattr(theirs, x)!r}" for x in changed
+        )
+        flags = ", ".join(f"--sites.{name}" for name in changed)
+        raise ValueError(
+            "a resumed run must exchange as it did before, since the other sites may have its next "
+            f"rounds already; got {got}. Set {flags} as before; or, at all sites, --weights to "
+            "this run's folder and a new --workdir."
+        )
 
 
 def _stored_vectors(rounds: Rounds) -> list[str]:
@@ -72,18 +105,13 @@ def restore_outer_state(
     """Restores the outer state, starts pending rounds again, and returns the training state.
 
     Raises:
-        ValueError: the checkpoint is that of another site, or has other fragments.
+        ValueError: the checkpoint is that of another site.
     """
     tree, name = dict(tree), rounds.places.names[rounds.places.site]
     if meta["site"] != name:
         raise ValueError(
             f"a site must resume from its own checkpoints; got those of {meta['site']} at site "
             f"{name}. Set --site or --workdir."
-        )
-    if len(meta["fragments"]) != len(rounds.layouts):
-        raise ValueError(
-            f"sites.fragments must stay {len(meta['fragments'])}, as in the run that is resumed; "
-            f"got {len(rounds.layouts)}. Set --sites.fragments."
         )
     stored = tree.pop(NAME)
     state = state_class(**tree)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import logging
 
-from jaxtrain.config.train_config import TrainConfig, shared_fields
+from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.distributed.key_value import open_store
 from jaxtrain.model.trees import named_leaves
 from jaxtrain.sites import BLOCK
@@ -16,6 +16,7 @@ from jaxtrain.sites.decisions import LEADER
 from jaxtrain.sites.ends import compare_ends
 from jaxtrain.sites.exchange import Exchange
 from jaxtrain.sites.fragments import build_programs, split_leaves
+from jaxtrain.sites.identity import shared_fields
 from jaxtrain.sites.layout import SitesFile, read_sites_file
 from jaxtrain.sites.rounds import Places, Rounds
 

@@ -13,7 +13,7 @@ from jaxtrain.errors import CheckpointError
 from jaxtrain.model.compatibility import check_same_model
 from jaxtrain.run_directory.contents import began_with
 from jaxtrain.run_directory.lineage import read_branch
-from jaxtrain.sites.outer_state import add_template, restore_outer_state
+from jaxtrain.sites.outer_state import add_template, check_same_rounds, restore_outer_state
 from jaxtrain.sites.rounds import Rounds
 from jaxtrain.training.run import Run
 from jaxtrain.training.step import TrainState, abstract_state
@@ -36,12 +36,14 @@ def start_state(
         state; and the checkpoint that it came from, if any. `batches` continues at its step.
 
     Raises:
-        ValueError: the checkpoint has other data or another model, or is past the last step; or a
-            branch has lost the checkpoint that it began with.
+        ValueError: the checkpoint has other data, rounds or another model, or is past the last
+            step; or a branch has lost the checkpoint that it began with.
     """
     branch = broadcast_from_process_0(lambda: read_branch(run.cfg.workdir))
     stored = broadcast_from_process_0(lambda: newest_config(checkpoints))
     check_resumed(run.cfg.model, stored)
+    if stored:
+        check_same_rounds(run.cfg.sites, stored)
     try:
         template = abstract_state(run.model, run.optimizer, run.mesh)
         restored = checkpoints.restore(add_template(rounds, template) if rounds else template)

@@ -1,17 +1,19 @@
 """Estimates what a check against a baseline can see: its false alarms and the slow-downs it finds.
 
-Runs are simulated from the step times of the recorded ones: blocks of consecutive steps are drawn
-again, and each simulated run is faster or slower by a random factor that varies as the recorded
-runs do. Only figures of step times are simulated.
+Runs are simulated from the recorded ones: blocks of consecutive steps, and of the other values that
+a figure is computed from, are drawn again, and each simulated run differs by random factors that
+vary as the recorded runs do.
 """
 
 import math
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from launch.report.run_folder import RunFolder
+from launch.report.slo_figures import FIGURES, measure, series
 from launch.report.stats import resample, t_quantile
 
 POOL, DRAWS = 200, 4_000  # simulated runs, and checks that pair them
@@ -19,75 +21,89 @@ SHARE = 0.9  # a slow-down counts as caught if this share of checks finds it
 SLOWDOWNS = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0)
 WANTED = (0.05, 0.1)  # slow-downs for which the number of runs is estimated
 COUNTS = (3, 4, 5, 6, 8, 10, 15, 20, 30)
-UNKNOWN = 0.05  # differences between runs that are assumed where only one was recorded
+UNKNOWN = 0.05  # the spread of speeds that is assumed of fewer than LEAST_RUNS runs
+LEAST_RUNS = 3  # to use the spread between runs; with two, Student's t is 32 standard deviations
+BLUNT = 2.0  # a bound farther than this factor from its figure is too loose to enforce
+LEAST_RATIO = 1e-9  # so that a figure of 0 has a logarithm
 
 
-class Timed(NamedTuple):
-    """A figure of step times: how much its logarithm changes with that of a step time."""
+def confidence_of_each(confidence: float, figures: int) -> float:
+    """Returns the confidence of each bound such that all hold together with `confidence`.
 
-    effect: int  # -1 for tokens/s, 0 for a ratio
-    sign: int  # 1: more is better
-    floor: float
-
-
-def simulate_figures(times: Sequence[Sequence[float]], seed: int) -> np.ndarray:
-    """Returns logarithms of tokens/s, p50, p95 and p99/p50 of POOL simulated runs, [POOL, 4].
-
-    Each run's own speed is left out.
+    Bonferroni's inequality: it holds however the figures depend on each other.
+    Source: Dunn 1961, https://doi.org/10.1080/01621459.1961.10482090
     """
-    rng = random.Random(seed)
-    level = [list(np.asarray(run) / np.exp(np.mean(np.log(run)))) for run in times]
-    rows = []
-    for i in range(POOL):
-        steps = np.array(resample([level[i % len(level)]], rng)[0])
-        p50, p95, p99 = np.quantile(steps, (0.5, 0.95, 0.99))
-        rows.append((-math.log(steps.mean()), math.log(p50), math.log(p95), math.log(p99 / p50)))
-    return np.array(rows)
-
-
-def spread_between(times: Sequence[Sequence[float]], pool: np.ndarray) -> float | None:
-    """Returns the standard deviation of the runs' speeds, relative; None for a single run.
-
-    What the steps' own noise explains is subtracted.
-    """
-    if len(times) < 2:
-        return None
-    speeds = [math.log(np.mean(run)) for run in times]
-    return math.sqrt(max(0.0, float(np.var(speeds, ddof=1) - pool[:, 0].var())))
+    return 1 - (1 - confidence) / figures
 
 
 class Simulation:
     """Simulated checks.
 
     Args:
-        times: step times of each recorded run, s.
-        figures: name -> Timed, for the figures that are enforced, a subset of tokens_per_s,
-            step_p50_s, step_p95_s and step_p99_over_p50.
-        between: standard deviation of the speeds of runs, relative.
-        confidence: of the bounds.
+        runs: the recorded runs.
+        names: the figures that are enforced.
+        confidence: of all bounds together.
+
+    Attributes:
+        between: standard deviation of the runs' speeds, relative; 0 for a single run. What the
+            steps' own noise explains is subtracted.
     """
 
-    NAMES = ("tokens_per_s", "step_p50_s", "step_p95_s", "step_p99_over_p50")
-
     def __init__(
-        self,
-        times: Sequence[Sequence[float]],
-        figures: Mapping[str, Timed],
-        confidence: float,
-        blunt: float,
-        seed: int = 0,
+        self, runs: Sequence[RunFolder], names: Sequence[str], confidence: float, seed: int = 0
     ):
-        self.figures, self._confidence, self._blunt = figures, confidence, blunt
-        self._columns = [self.NAMES.index(name) for name in figures]
-        self._pool, self._rng = simulate_figures(times, seed), np.random.default_rng(seed)
-        self.between = spread_between(times, self._pool)
+        self.names, figures = list(names), [FIGURES[name] for name in names]
+        self._each = confidence_of_each(confidence, len(figures))
+        self._effects = np.array([figure.effect for figure in figures])
+        self._signs = np.array([figure.sign for figure in figures])
+        self._floors = np.log1p([figure.floor for figure in figures])
+        self._rng = np.random.default_rng(seed)
+        pool = self._simulate_figures(runs, random.Random(seed))
+        self._pool = pool[:, 1:]
+        self.between, self._own = 0.0, np.zeros(len(figures))
+        if len(runs) > 1:
+            logs = np.array([self._measure(run) for run in runs])
+            # How each figure differs between runs beyond what follows from their speeds.
+            beyond = lambda x: np.hstack([x[:, :1], x[:, 1:] - x[:, :1] * self._effects])
+            variances = beyond(logs).var(axis=0, ddof=1) - beyond(pool).var(axis=0)
+            self.between, *own = np.sqrt(np.maximum(variances, 0)).tolist()
+            self._own = np.array(own)
+
+    def _measure(self, run: RunFolder, drawn: Mapping[str, list[float]] | None = None):
+        """Returns logarithms of the mean step time and of each figure, [1 + figures].
+
+        Args:
+            drawn: {metric: values} that stand in for the run's own ones.
+        """
+        times = run.seconds if drawn is None else drawn.get("", [])
+        found = [float(np.mean(times)) if times else 1.0]
+        for name in self.names:
+            values = drawn.get(FIGURES[name].metric) if drawn is not None else None
+            found.append(measure(run, name, values) or 0.0)
+        return np.log(np.maximum(found, LEAST_RATIO))
+
+    def _simulate_figures(self, runs: Sequence[RunFolder], rng: random.Random) -> np.ndarray:
+        """Returns what _measure does of POOL simulated runs, less each run's own level."""
+        names, rows = {"": "tokens_per_s"} | {FIGURES[n].metric: n for n in self.names}, []
+        values = [
+            {metric: found for metric, name in names.items() if (found := series(run, name))}
+            for run in runs
+        ]
+        levels = [self._measure(run, own) for run, own in zip(runs, values, strict=True)]
+        for i in range(POOL):
+            k = i % len(runs)
+            drawn = {metric: resample([found], rng)[0] for metric, found in values[k].items()}
+            rows.append(self._measure(runs[k], drawn) - levels[k])
+        return np.array(rows)
 
     def _draw(self, count: int, between: float) -> np.ndarray:
         """Returns the logarithms of the figures of simulated runs, [DRAWS, count, figures]."""
         index = self._rng.integers(POOL, size=(DRAWS, count))
-        effects = np.array([figure.effect for figure in self.figures.values()])
         speeds = between * self._rng.standard_normal((DRAWS, count, 1))
-        return self._pool[index][:, :, self._columns] + speeds * effects
+        logs = self._pool[index] + speeds * self._effects
+        if self._own.any():
+            logs += self._own * self._rng.standard_normal(logs.shape)
+        return logs
 
     def breaches(
         self,
@@ -101,26 +117,27 @@ class Simulation:
         Args:
             count: runs of the baseline.
             slowdown: of the checked run, relative; 0 for an equal one.
+            between: standard deviation of the speeds of runs, relative.
             tolerances: relative, of the baseline; with None each simulated baseline has its own.
         """
         runs, checked = self._draw(count, between), self._draw(1, between)[:, 0]
-        figures = list(self.figures.values())
-        signs = np.array([figure.sign for figure in figures])
-        effects = np.array([figure.effect for figure in figures])
         if tolerances is None:
-            quantile = t_quantile(self._confidence, count - 1)
+            quantile = t_quantile(self._each, count - 1)
             width = quantile * runs.std(axis=1, ddof=1) * math.sqrt(1 + 1 / count)
-            width = np.maximum(width, np.log1p([figure.floor for figure in figures]))
-            width[width > math.log(self._blunt)] = np.inf  # not enforced
+            width = np.maximum(width, self._floors)
+            width[width > math.log(BLUNT)] = np.inf  # not enforced
         else:
-            width = np.log1p([tolerances[name] for name in self.figures])
-        margin = signs * (checked + effects * math.log1p(slowdown) - runs.mean(axis=1)) + width
+            width = np.log1p([tolerances[name] for name in self.names])
+        slower = checked + self._effects * math.log1p(slowdown)
+        margin = self._signs * (slower - runs.mean(axis=1)) + width
         return float((margin < 0).any(axis=1).mean())
 
-    def least_caught(self, count: int, between: float, tolerances: Mapping[str, float]) -> float:
-        """Returns the smallest of SLOWDOWNS that is caught; inf if none is."""
+    def least_caught(
+        self, count: int, between: float, tolerances: Mapping[str, float]
+    ) -> float | None:
+        """Returns the smallest of SLOWDOWNS that is caught; None if none is."""
         caught = (s for s in SLOWDOWNS if self.breaches(count, s, between, tolerances) >= SHARE)
-        return next(caught, math.inf)
+        return next(caught, None)
 
     def runs_needed(self, slowdown: float, between: float) -> int | None:
         """Returns how many runs a baseline needs to catch a slow-down; None if over 30."""
@@ -128,31 +145,64 @@ class Simulation:
         return next(counts, None)
 
 
+def estimate_power(
+    runs: Sequence[RunFolder], entries: Mapping[str, Mapping[str, Any]], confidence: float
+) -> dict[str, Any]:
+    """Returns what a check against a baseline can see.
+
+    Args:
+        entries: {figure: {"value", "bound"}} of the baseline; a bound may be None.
+        confidence: of all bounds together.
+
+    Returns:
+        `figures`, how many are enforced; `between`, the standard deviation of the runs' speeds, and
+        whether it is `assumed`, since so few runs do not show it; `false_alarms`, the share of
+        equal runs that breach any bound; `least_caught`, the smallest slow-down that 9 of 10 checks
+        find, None if they find none; `runs_needed` {slow-down: runs}, None if 30 are too few.
+    """
+    enforced = {name: e for name, e in entries.items() if e["bound"] is not None}
+    simulation = Simulation(runs, list(enforced), confidence)
+    tolerances = {k: (e["value"] / e["bound"]) ** FIGURES[k].sign - 1 for k, e in enforced.items()}
+    assumed = len(runs) < LEAST_RUNS
+    spread = max(UNKNOWN, simulation.between) if assumed else simulation.between
+    # With three runs or more for baselines of as many other runs: this one's tolerance comes from
+    # the same few runs as the spread, so it would seem to be right more often than it is.
+    fixed = tolerances if assumed else None
+    return {
+        "figures": len(enforced),
+        "between": spread,
+        "assumed": assumed,
+        "false_alarms": simulation.breaches(len(runs), 0.0, spread, fixed),
+        "least_caught": simulation.least_caught(len(runs), spread, tolerances),
+        "runs_needed": {str(s): simulation.runs_needed(s, spread) for s in WANTED},
+    }
+
+
 def describe_detection(power: Mapping[str, Any]) -> str:
     """Returns which slow-down a check against a baseline reports, and how often by mistake."""
     caught, alarms = power["least_caught"], 100 * power["false_alarms"]
     found = f"a run that is {caught:.0%} slower" if caught else "no run, not even one 200% slower,"
-    return f"{found} is reported 9 times of 10; of 100 equal runs {alarms:.1f} are, by mistake"
+    if power["assumed"]:
+        found = f"if runs differ by {power['between']:.0%} in speed (assumed), {found}"
+    return (
+        f"{found} is reported 9 times of 10; of 100 equal runs {alarms:.1f} are, by mistake, over "
+        f"all enforced figures together ({power['figures']})"
+    )
 
 
 def describe_power(power: Mapping[str, Any]) -> list[str]:
-    """Returns the sentences about a baseline's power, see launch.report.baseline.record."""
-    if not power:
-        return ["what a check can see is not estimated: no figure of the step times is enforced"]
-    lines = [describe_detection(power)]
-    if power["between"] is None:
-        equal = 100 * power["false_alarms_if_unknown"]
-        lines.append(
-            "this leaves out differences between runs, which one run does not show: if they were "
-            f"{UNKNOWN:.0%}, {equal:.0f} of 100 equal runs would breach"
-        )
-        return lines
+    """Returns the sentences about a baseline's power, see estimate_power."""
     needed = [
-        f"{float(slowdown):.0%} {f'{count} runs' if count else 'more than 30 runs'}"
+        f"{float(slowdown):.0%} {f'{count} runs' if count else 'more than 30 runs, if any suffice'}"
         for slowdown, count in power["runs_needed"].items()
     ]
-    lines.append(
-        f"runs differ by {power['between']:.1%} (standard deviation); to report a slow-down 9 "
-        f"times of 10, a baseline needs: {', '.join(needed)}"
+    how = (
+        f"assumed, as fewer than {LEAST_RUNS} runs do not show it"
+        if power["assumed"]
+        else "measured"
     )
-    return lines
+    return [
+        describe_detection(power),
+        f"runs differ by {power['between']:.1%} in speed (standard deviation, {how}); to report a "
+        f"slow-down 9 times of 10, a baseline needs: {', '.join(needed)}",
+    ]

@@ -3,10 +3,12 @@
 import time
 from pathlib import Path
 
-from launch.report.baseline import FIGURES, LOOSE, NOT_ENFORCED, NOT_JUDGED, Figure
-from launch.report.power import describe_detection, describe_power
+from launch.report.baseline import NOT_ENFORCED, NOT_JUDGED
+from launch.report.power import confidence_of_each, describe_detection, describe_power
 from launch.report.run_folder import RunFolder
+from launch.report.slo_figures import FIGURES, Figure
 
+LOOSE = 0.2  # a relative tolerance above this would miss what an operator must see
 UNENFORCED = "recorded but not enforced"
 STATES = {
     "ok": "",
@@ -32,8 +34,13 @@ def show_record(baseline: dict, path: Path) -> str:
     absent = [figure.words for name, figure in FIGURES.items() if name not in baseline["figures"]]
     if absent:
         lines.append(f"not recorded, as not every run measured it: {', '.join(absent)}")
-    words = f"{baseline['confidence']:.0%} prediction bound for one more run, by Student's t"
-    lines += [f"tolerance: {words} on logarithms", *describe_power(baseline["power"])]
+    confidence, count = baseline["confidence"], baseline["power"]["figures"]
+    lines.append(
+        f"tolerance: one more run meets all {count} bounds together with a confidence of "
+        f"{confidence:.4g} (Bonferroni: {confidence_of_each(confidence, count):.4g} each), by "
+        "Student's t on logarithms"
+    )
+    lines += describe_power(baseline["power"])
     return "\n".join([*lines, f"baseline {path}"])
 
 
@@ -67,6 +74,11 @@ def show_check(rows: list[dict], run: RunFolder, baseline: dict, path: str) -> s
         lines.append("provisional: recorded from one run, so a breach may be the usual difference")
     if power := baseline.get("power"):
         lines.append(f"of runs as long as the baseline's: {describe_detection(power)}")
+    else:
+        lines.append(
+            "an earlier version recorded this baseline: each bound has its confidence by itself, "
+            "so false alarms over all figures are more frequent. `slo record` it again"
+        )
     return "\n".join([*lines, verdict(rows)])
 
 
