@@ -84,6 +84,7 @@ class RankProcess:
             "step_s": beat.get("step_s", 0.0),
             "ratios": beat.get("ratios", {}),
             "slow": beat.get("slow", []),
+            "sites": beat.get("sites", ""),
             "age_s": None if self._beat_at is None else round(now - self._beat_at, 1),
             "lines": [] if self.code in (None, 0) else decisive_lines(self._tail),
         }
