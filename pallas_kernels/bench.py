@@ -90,6 +90,7 @@ class Bench:
         self._args, self._folder, self._show = args, folder, show
         self._until = time.monotonic() + 60 * args.minutes
         self._children: list[Child] = []
+        self._commit = find_commit()  # of this call: a later one may continue at another
         self.results = _read_results(args)
         if args.save:
             read_rows(TUNED)
@@ -155,7 +156,7 @@ class Bench:
                 continue
             result = self._run_job(job, child)
             hung |= {name} if "hung" in result else set()
-            stored[name] = result | {"date": self.results["date"]}
+            stored[name] = result
             self._show("\n".join(format_results(job.contest, result, self.results, args.tiny)))
             self._write(contests)
 
@@ -166,14 +167,14 @@ class Bench:
         limit_s, left_s = job.limit_s, max(self._left_s(), 1.0)
         result = child.run(min(limit_s, left_s))
         if child.was_killed and limit_s <= left_s:
-            result = mark_hung(result, limit_s, find_commit())
+            result = mark_hung(result, limit_s, self._commit)
         if "error" in result and before.get("done"):
             hung = {"hung": result["hung"]} if "hung" in result else {}
             return before | hung | {"tuning_error": result["error"]}
         if job.tune:
             earlier = before.get("contestants", {})
             result["contestants"] = earlier | result.get("contestants", {})
-        return result
+        return result | {"date": self.results["date"], "commit": self._commit}
 
     def _start_child(self, job: ContestJob) -> Child:
         self._children.append(Child(job, self._folder))

@@ -254,10 +254,12 @@ def forward(
         tiles: queries must be a multiple of 64 for each group, keys of 64.
 
     Raises:
-        ValueError: mosaic.check refuses the arrays, or K is not in MOSAIC_HEADS.
+        ValueError: mosaic.check or mosaic.check_rows refuses the arrays, or K is not in
+            MOSAIC_HEADS.
     """
-    (B, T, H, K), G = q_BTHK.shape, k_BSGK.shape[2]
+    (B, T, H, K), (S, G) = q_BTHK.shape, k_BSGK.shape[1:3]
     mosaic.check(q=q_BTHK, k=k_BSGK, v=v_BSGK)
+    mosaic.check_rows(T=T, S=S)
     check_heads(K)
     blocks = pl.cdiv(T, tiles.queries)
     padded = jax.ShapeDtypeStruct((B, H, blocks * tiles.queries), jnp.float32)

@@ -186,6 +186,7 @@ def _call(
     q, k, (resident, step) = arguments[0], arguments[1], sizes
     (T, H, K), (S, G) = q.shape[1:], k.shape[1:3]
     mosaic.check(**dict(zip(("q", "k", "v", "do"), arguments, strict=False)))
+    mosaic.check_rows(T=T, S=S)
     check_heads(K)
     scale = math.log2(math.e) * K**-0.5
     lse, delta, *docs = arguments[4:]

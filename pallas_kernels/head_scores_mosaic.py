@@ -100,10 +100,16 @@ def head_scores(
         what `keep` names, [N,V]; then top, total and hit, [vocabulary tiles, N] each.
 
     Raises:
-        ValueError: mosaic.check refuses the arrays; what is kept has rows of a multiple of 64.
+        ValueError: mosaic.check refuses the arrays, or mosaic.check_rows V; what is kept has rows
+            of a multiple of 64.
     """
-    (N, _), V = h_ND.shape, w_VD.shape[0]
+    N, V = len(h_ND), len(w_VD)
     mosaic.check(*kept, h=h_ND, w=w_VD)
+    mosaic.check_rows(V=V)
+    # Rows are chunks of a batch, of any number. XLA pads h, which is small, and slices what is kept
+    # where it reads it.
+    h_ND = jnp.pad(h_ND, ((0, -N % mosaic.SWIZZLED_ROWS), (0, 0)))
+    kept = [jax.ShapeDtypeStruct((len(h_ND), V), x.dtype) for x in kept]
     # The targets and the partial results are accessed without TMA, which would check bounds: pad.
     targets = mosaic.pad_last(targets_N, tiles.rows, -1)
     partial = jax.ShapeDtypeStruct((pl.cdiv(V, tiles.columns), len(targets)), jnp.float32)
@@ -121,4 +127,4 @@ def head_scores(
         scratch=scratch,
         interpret=interpret,
     )(h_ND, w_VD, targets)
-    return [*out[: len(kept)], *(x[:, :N] for x in out[len(kept) :])]
+    return [*(x[:N] for x in out[: len(kept)]), *(x[:, :N] for x in out[len(kept) :])]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from pallas_kernels.chip import CHIPS
-from pallas_kernels.ptxas import explain_missing_mosaic, find_fault, has_triton
+from pallas_kernels.ptxas import explain_missing_mosaic, has_triton
 from pallas_kernels.tiles import (
     ATTENTION_KINDS,
     MOSAIC_FIRST,
@@ -148,25 +148,29 @@ def read_rows(folder: Path = TUNED) -> list[BenchRow]:
     return rows
 
 
-def _mosaic_row_sizes(op, tiles, shape):
-    """Returns the sizes that a Mosaic body needs to be multiples of 64; none without a body."""
-    kernels = tiles.values() if isinstance(tiles, dict) else tiles or ()
-    if not any(map(_is_mosaic, kernels)):
-        return ()
-    return shape[-1:] if op == "attention" else shape
+def _kernels(op: str, tiles: OpTiles | None) -> dict[str, Any]:
+    """Returns {name: tiles} of an op's kernels; a kernel without tiles has the op's name."""
+    return {op: None} if tiles is None else tiles if isinstance(tiles, dict) else tiles._asdict()
 
 
-def _mosaic_obstacle(op, dtype, shape) -> str:
-    """Returns why an op's default Mosaic bodies cannot compute a shape; "" if they can."""
+def _mosaic_obstacle(op, tiles, dtype, shape) -> str:
+    """Returns why those bodies that are not Triton's cannot compute a shape; "" if they can."""
+    bodies = {body_of(x) for x in _kernels(op, tiles).values() if not is_triton(x)}
+    if not bodies:
+        return ""
     if reason := explain_missing_mosaic():
         return reason
     if dtype not in MOSAIC_TYPES:
         return f"Mosaic's takes {' or '.join(MOSAIC_TYPES)}; got {dtype}"
-    if op == "attention" and shape[-1] not in MOSAIC_HEADS:
-        return f"Mosaic's has heads of {' or '.join(map(str, MOSAIC_HEADS))}; got {shape[-1]}"
-    sizes = shape[-1:] if op == "attention" else shape
-    if any(size % 64 for size in sizes):
-        return f"Mosaic's needs multiples of 64; got {', '.join(map(str, sizes))}"
+    if op != "attention":
+        if any(size % 64 for size in shape):
+            return f"Mosaic's needs multiples of 64; got {', '.join(map(str, shape))}"
+        return ""
+    _, T, *_, K = shape
+    if K not in MOSAIC_HEADS:
+        return f"Mosaic's has heads of {' or '.join(map(str, MOSAIC_HEADS))}; got {K}"
+    if "mosaic" in bodies and T > 8 and T % 8:  # the one for Ampere pads them
+        return f"Mosaic's takes up to 8 tokens or a multiple of 8; got {T}"
     return ""
 
 
@@ -177,36 +181,35 @@ def _untimed_tiles(op, arch, dtype, shape) -> tuple[OpTiles | None, str]:
     """
     if has_triton() and op not in MOSAIC_FIRST.get(arch, ()):
         return default_tiles(op, arch, shape), ""
-    if obstacle := _mosaic_obstacle(op, dtype, shape):
+    tiles = mosaic_tiles(op, arch)
+    if obstacle := _mosaic_obstacle(op, tiles, dtype, shape):
         return default_tiles(op, arch, shape), f"; its body is Triton's: {obstacle}"
     why = f"the first choice on {arch}" if has_triton() else "as this JAX has no Triton backend"
-    return mosaic_tiles(op, arch), f"; its body is Mosaic's, {why}"
+    return tiles, f"; its body is Mosaic's, {why}"
 
 
-def find_body_obstacle(op: str, tiles: OpTiles | None, sides: Iterable[int]) -> str:
+def find_body_obstacle(op: str, tiles: OpTiles | None, matrices: Iterable[tuple[int, int]]) -> str:
     """Returns why bodies of an op cannot be compiled, or not for all matrices; "" if they can.
 
     Args:
         tiles: select the bodies.
-        sides: the sizes of the Gram matrices that `square` computes.
+        matrices: the sizes of those whose Gram matrices `square` computes, the smaller first.
     """
-    kernels = {op: None} if tiles is None else tiles if isinstance(tiles, dict) else tiles._asdict()
+    kernels = _kernels(op, tiles)
     if not has_triton():  # JAX has removed it
         names = ", ".join(name for name, value in kernels.items() if is_triton(value))
         if names:
             return f"jax no longer has the Triton backend, which compiles the body of {names}"
-    if op != "square" or not any(map(_is_mosaic, kernels.values())):
+    others = [x for x in kernels.values() if not is_triton(x)]
+    if op != "square" or not others:
         return ""
-    refused = [side for side in sorted(sides) if side < MOSAIC_LEAST_ROWS or side % 64]
+    # The body for Ampere moves its last tile into the matrix, which must have a tile's rows.
+    least = max(x.rows if body_of(x) == "ampere" else MOSAIC_LEAST_ROWS for x in others)
+    refused = [(M, N) for M, N in sorted(matrices) if M < least or M % 64 or N % 64]
     if not refused:
         return ""
-    got = ", ".join(map(str, refused))
-    least = MOSAIC_LEAST_ROWS
+    got = ", ".join(f"{M}x{N}" for M, N in refused)
     return f"Mosaic's takes matrices of a multiple of 64, at least {least}; got {got}"
-
-
-def _is_mosaic(kernel):
-    return body_of(kernel) == "mosaic"
 
 
 def _nearest_row(rows, documents, *where) -> BenchRow | None:
@@ -263,13 +266,8 @@ def choose_body(
             reason += f" with jax {jax.__version__}, but with {other.jax}"
         tiles, why = _untimed_tiles(op, arch, dtype, shape)
         return BodyChoice(tiles, False, reason + why)
-    sizes = _mosaic_row_sizes(op, row.tiles, shape)
-    if sizes and find_fault():
-        reason = f"its fastest body cannot be compiled: {find_fault()}"
-        return BodyChoice(default_tiles(op, arch, shape), False, reason)
-    if any(size % 64 for size in sizes):
-        got = ", ".join(map(str, sizes))
-        reason = f"its fastest body needs sizes that are a multiple of 64; got {got}"
+    if obstacle := _mosaic_obstacle(op, row.tiles, dtype, shape):
+        reason = f"its fastest body cannot run: {obstacle}"
         return BodyChoice(default_tiles(op, arch, shape), False, reason)
     ratio = row.kernel_s / row.other_s
     reason = f"{ratio:.2f} times the time of {row.other} on {row.chip}, {row.date}"

@@ -13,6 +13,7 @@ Shared memory is swizzled: the 16-byte pieces of a row are permuted by the row's
 column of a tile lies in different banks. TMA writes and wgmma reads the same permutation.
 
 TMA copies past an array's end read zeros and write nothing, so tiles need not divide the sizes.
+Only groups of SWIZZLED_ROWS rows must be whole in an array with more (see check_rows).
 Mosaic GPU changes with every JAX release: the bodies need jax 0.11.2 (see REASON).
 """
 
@@ -42,6 +43,7 @@ COPYING_REGISTERS, MULTIPLYING_REGISTERS = 40, 232  # 40 + 2 * 232 <= 3 * 168
 # The same for each number of multiplying groups: 3 launch with 128 registers, 4 with 96.
 REGISTERS = {2: (COPYING_REGISTERS, MULTIPLYING_REGISTERS), 3: (32, 160), 4: (24, 112)}
 SWIZZLE_BYTES = 128  # the widest swizzle; wgmma reads rows of this length
+SWIZZLED_ROWS = 8  # the rows after which the swizzle repeats; shared memory is tiled by them
 TYPES = (jnp.bfloat16, jnp.float16)
 SUFFIX = "_mosaic_gpu_kernel"  # is appended to a kernel's name in machine code
 INTERPRETED_PROGRAMS = 2  # fewer than a test has tiles, so that a program computes several
@@ -77,10 +79,25 @@ def check(*written: jax.ShapeDtypeStruct, **operands: jax.Array) -> None:
             )
 
 
+def check_rows(**lengths: int) -> None:
+    """Checks that TMA can copy blocks of arrays with so many rows into swizzled memory.
+
+    Raises:
+        ValueError: there are more than SWIZZLED_ROWS, and not a multiple of them. The interpreter
+            would accept such arrays, but Mosaic GPU refuses to compile their copies.
+    """
+    for name, rows in lengths.items():
+        if rows > SWIZZLED_ROWS and rows % SWIZZLED_ROWS:
+            raise ValueError(
+                f"a Mosaic body takes up to {SWIZZLED_ROWS} rows or a multiple of them; got "
+                f"{name}={rows}. Give the kernel tiles of its Triton body."
+            )
+
+
 def swizzled_shared_memory(shape: tuple[int, ...], dtype: Any) -> Any:
     """Returns shared memory for arrays [...,M,N] in the layout that both wgmma and TMA accept."""
     row_bytes = min(shape[-1] * jnp.dtype(dtype).itemsize, SWIZZLE_BYTES)
-    tiling = plgpu.TilingTransform((8, row_bytes // jnp.dtype(dtype).itemsize))
+    tiling = plgpu.TilingTransform((SWIZZLED_ROWS, row_bytes // jnp.dtype(dtype).itemsize))
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(row_bytes)))
 
 

@@ -12,6 +12,7 @@ def test_rows_are_written_as_lines_of_json(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(bench.SUITES, "dispatch", suite)
     bench.main(["--suite=dispatch", "--rounds=3", f"--json={tmp_path / 'rows.jsonl'}"])
     about, row = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert row.pop("date")[:10] == about["date"][:10] and row.pop("commit") == about["commit"]
     assert row == {"suite": "x", "rounds": 3}
     assert about == json.loads(strict_json(about)) and about["versions"]["jax"]
     assert "== dispatch\nthe table" in capsys.readouterr().out

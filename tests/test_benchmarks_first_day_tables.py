@@ -9,11 +9,12 @@ import pytest
 
 from jaxtrain import bench
 from jaxtrain.benchmarks import first_day_tables
+from jaxtrain.benchmarks.first_day_figures import kernel_figures
+from jaxtrain.benchmarks.first_day_stages import STAGES
 from jaxtrain.benchmarks.first_day_tables import (
     HEADER,
     TableError,
     TableRow,
-    kernel_figures,
     parse_table,
     write_tables,
 )
@@ -21,23 +22,41 @@ from pallas_kernels.targets import read_targets
 
 ROOT = Path(__file__).parent.parent
 CARD = "NVIDIA H100 80GB HBM3"
+# Results of three slices, each at another commit; the record names only the last.
+FIRST = {"date": "2026-11-25T16:00:00Z", "commit": "b121ec7d0000"}
+SECOND = {"date": "2026-11-26T16:00:00Z", "commit": "2ec02d000000"}
+THIRD = {"date": "2026-11-27T16:00:00Z", "commit": "3a57000f0000"}
 MACHINE = {"device": CARD, "driver": "580.65", "cudnn": 90_800, "clocks": "1980 MHz"}
-MACHINE |= {"versions": {"jax": "0.11.2", "torch": "2.11.0"}}
-STEP = {"suite": "gpu", "case": "gpt_124m muon", "variant": "jaxtrain", "what": "step", "rows": 32}
+MACHINE |= {"versions": {"jax": "0.11.2", "torch": "2.11.0"}, **FIRST}
+MACHINE |= {"matmul_flops_per_s": 7.13e14, "copy_bytes_per_s": 2.67e12}
+STEP = FIRST | {
+    "suite": "gpu",
+    "case": "gpt_124m muon",
+    "variant": "jaxtrain",
+    "what": "step",
+    "rows": 32,
+}
 STEP |= {"tokens_per_s": 512_345.0, "mfu": 0.453, "optimizer_share_at_524288": 0.021}
 STEP |= {"idle_share": 0.03, "step_s": 0.128, "peak_bytes": 5 * 2**30, "first_step_s": 51.0}
 STEP |= {"targets": {"mfu": "target >= 0.5 MISSED"}}
-SLOWER = STEP | {"rows": 16, "tokens_per_s": 400_000.0, "first_step_s": 9.0}
-RATIO = {"suite": "gpu", "case": "gpt_124m muon", "what": "ratio", "value": 1.234}
+SLOWER = STEP | {"rows": 16, "tokens_per_s": 400_000.0, "first_step_s": 9.0} | SECOND
+RATIO = SECOND | {"suite": "gpu", "case": "gpt_124m muon", "what": "ratio", "value": 1.234}
 RATIO |= {"targets": {"ratio": "target >= 1.1 met"}}
 FAILED = {"suite": "gpu", "case": "gpt_350m muon", "variant": "jaxtrain", "what": "step"}
 FAILED |= {"error": "exit status 1"}
 TIMING = {"median_s": 2e-4, "low_s": 1e-4, "high_s": 3e-4, "fault": ""}
 KERNELS = {
     "attention both ways 8x2048x16:16x128": {
-        "contestants": {"triton": TIMING, "cudnn": TIMING | {"median_s": 3e-4}}
+        "contestants": {"triton": TIMING, "cudnn": TIMING | {"median_s": 3e-4}},
+        **FIRST,
     },
-    "norm both ways 8192x768": {"contestants": {"triton": "wrong: off by 0.3", "xla": TIMING}},
+    "attention both ways 8x1024x12:12x64": {
+        "contestants": {"tuned": TIMING, "cudnn": TIMING | {"median_s": 3e-4}},
+        "tried": {"dq triton 64x64": 2e-4},
+        **SECOND,
+    },
+    "norm both ways 8192x768": {"contestants": {"triton": "wrong: off by 0.3", "xla": TIMING}}
+    | FIRST,
 }
 TUNED = dict(op="norm", chip="h100", dtype="bfloat16", shape=[768], jax="0.11.2")
 TUNED |= dict(
@@ -46,9 +65,15 @@ TUNED |= dict(
 HALF = {"rows": 3, "variant": "jaxtrain", "what": "step", "step_s": 1.0}  # fields are missing
 PLAN = {"case": "gpt_124m muon, 32 rows, step", "measured_s": 0.128, "bound_s": 0.09}
 PLAN |= {"calibrated_s": 0.127, "measured_bytes": 5 * 2**30, "planned_bytes": 4 * 2**30}
+PROFILE = {"trace": "gpt_124m_muon_jaxtrain_step", "span_s": 0.4, "idle_s": 0.02}
+PROFILE |= {"by_cause_s": {"products": 0.3, "attention": 0.1}}
 
 
-UNMEASURED = {"training": ("gpt_124m with muon", "gpt_350m with muon")}
+UNMEASURED = {
+    "machine": ("ceilings",),
+    "profile": ("time by cause",),
+    "training": ("gpt_124m with muon", "gpt_350m with muon"),
+}
 UNMEASURED |= {"kernels": ("attention both ways", "norm"), "plan": ()}
 TABLE = re.compile(
     r"(<!-- first day: (\w+) -->\n).*?(<!-- end of first day: \2 -->\n)", flags=re.DOTALL
@@ -60,13 +85,18 @@ def day(tmp_path):
     """A folder of the suite."""
     folder = tmp_path / "day"
     (folder / "tuned").mkdir(parents=True)
-    call = {"date": "2026-11-26T16:00:00Z", "commit": "b121ec7d0000", "seconds": 1.0}
-    stages = {name: {"state": "done", "calls": [call]} for name in ("training", "kernels", "plan")}
+    stages = {
+        stage.name: {"state": "done", "calls": [THIRD | {"seconds": 1.0}]} for stage in STAGES
+    }
     write(folder / "first_day.json", {"tiny": False, "card": CARD, "stages": stages})
     write(folder / "machine.json", MACHINE)
     write(folder / "training.jsonl", MACHINE, STEP, SLOWER, FAILED, RATIO)
     write(folder / "kernels.json", {"contests": KERNELS})
-    write(folder / "plan.json", {"chip": "h100", "rows": [PLAN], "calibration": "products 70%"})
+    write(
+        folder / "plan.json",
+        {"chip": "h100", "rows": [PLAN], "calibration": "products 70%"} | THIRD,
+    )
+    write(folder / "profile.jsonl", PROFILE)
     write(folder / "tuned" / "h100.json", [TUNED])
     return folder
 
@@ -113,15 +143,29 @@ def test_results_replace_what_was_unmeasured_with_card_versions_date_and_commit(
             assert part in row.figure
         assert "first step after 51 s" in row.figure and "peak 5.0 GiB" in row.figure
         source = f"{CARD}, driver 580.65, cuDNN 90800, jax 0.11.2, torch 2.11.0"
-        assert row.source == f"{source}, 2026-11-26, b121ec7"
+        assert row.source == f"{source}, 2026-11-25, b121ec7"  # of its own slice
         assert row.command.startswith("`jaxtrain bench --suite=first-day --stages=training")
         assert "unmeasured" in rows["gpt_350m with muon"].figure  # it failed
     kernels = table(checkout, "docs/results.md", "kernels")
     attention = kernels["attention both ways 8x2048x16:16x128"]
     assert attention.figure == "triton 200 us, 1.50x as fast as cudnn (300 us)"
+    assert attention.source.endswith("2026-11-25, b121ec7")
+    assert "--stages=kernels --out" in attention.command
+    tuned = kernels["attention both ways 8x1024x12:12x64"]
+    assert tuned.figure.startswith("tuned 200 us") and tuned.source.endswith("26, 2ec02d0")
+    assert "--stages=kernels,tune --out" in tuned.command
     assert "attention both ways" not in kernels and "unmeasured" in kernels["norm"].figure
     plan = table(checkout, "docs/results.md", "plan")
     assert "bound 0.0900 s, calibrated 0.1270 s; peak 5.0 GiB, planned 4.0" in str(plan)
+    assert all(row.source.endswith("2026-11-27, 3a57000") for row in plan.values())
+    (ceilings,) = table(checkout, "docs/results.md", "machine").values()
+    assert ceilings.figure == "product 713.00 TFLOP/s, copy 2670.0 GB/s; clocks as found: 1980 MHz"
+    assert ceilings.source == f"{source}, 2026-11-25, b121ec7"
+    (profile,) = table(checkout, "docs/results.md", "profile").values()
+    assert profile.what == "time by cause of gpt_124m_muon_jaxtrain_step"
+    assert profile.figure == "400.0 ms, 5.0% idle: products 75.0%; attention 25.0%"
+    # The trace is of the last step of that name, whichever slice has read it.
+    assert profile.source.endswith("2026-11-26, 2ec02d0")
     assert json.loads((checkout / "pallas_kernels/tuned/h100.json").read_text()) == [TUNED]
     for page, text in before.items():  # nothing else of the pages has changed
         assert outside((checkout / page).read_text()) == outside(text) != text
@@ -143,6 +187,7 @@ def test_rows_of_a_trial_or_of_interpreted_kernels_are_never_written(day, checko
     pages = [(checkout / name).read_text() for name in ("README.md", "docs/results.md")]
     write(day / "training.jsonl", *(row | {"tiny": True} for row in (MACHINE, STEP, RATIO)))
     write(day / "kernels.json", {"contests": KERNELS, "trial": "interpreted"})
+    write(day / "machine.json", MACHINE | {"tiny": True})
     (day / "plan.json").unlink()
     write_tables(day, checkout)
     assert [(checkout / name).read_text() for name in ("README.md", "docs/results.md")] == pages
@@ -193,6 +238,6 @@ def test_a_kernels_time_is_compared_with_the_target_of_its_card(share, verdict):
         target = read_targets()[chip][name]
         timing = {"median_s": share * target.serial_s}
         result = {"chip": chip, "contests": {name: {"contestants": {"triton": timing}}}}
-        figures += [text for _, text in kernel_figures([result])]
+        figures += [figure.text for figure in kernel_figures([result])]
         assert f"(target <= {1e6 * target.serial_s:.0f} {verdict})" in figures[-1]
     assert figures[0] != figures[1]

@@ -16,6 +16,7 @@ from pallas_kernels import bench, bench_plan, contest_process
 from pallas_kernels.bench_results import IN_TRAINING, as_row
 from pallas_kernels.contests import TINY, build_contests
 from pallas_kernels.correctness import compare, exact_results
+from pallas_kernels.result_files import find_commit
 from pallas_kernels.search_space import SHORTLIST
 from pallas_kernels.tiles import default_tiles
 from pallas_kernels.torch_contests import as_tensors, measure_torch, torch_contestants
@@ -160,6 +161,8 @@ def test_a_kernel_that_hangs_crashes_or_is_wrong_costs_only_its_own_row(
     assert "wrong: result 0 is 0.5 from float64" in text
     assert text.count(f"not finished: {hung}") == 1  # it was not tuned
     assert find_problems([{"contests": contests}])[0].startswith(f"{DOCUMENTS}: {hung}")
+
+    assert {result["commit"] for result in contests.values()} == {find_commit()}
 
     # Neither what has results nor what hung runs again, with or without tuning.
     names = DOCUMENTS, SQUARE, NORM

@@ -175,6 +175,13 @@ def test_a_row_keeps_what_a_mosaic_body_does_otherwise(tmp_path):
     assert read_rows(tmp_path)[1].tiles == tiles
 
 
+@pytest.fixture
+def mosaic_usable(monkeypatch):
+    """Lets bodies of Mosaic's be chosen whatever the versions of jax and ptxas."""
+    monkeypatch.setattr("pallas_kernels.kernel_choice.explain_missing_mosaic", lambda: "")
+
+
+@pytest.mark.usefixtures("mosaic_usable")
 def test_a_row_that_mixes_bodies_selects_each_kernels_body(tmp_path):
     tiles = default_tiles("square", "sm_90") | {"square": MosaicProductTiles(256, 128, 64, 3)}
     results = {"mosaic": timed(1.0, tiles), "xla": timed(2.0)}
@@ -185,12 +192,12 @@ def test_a_row_that_mixes_bodies_selects_each_kernels_body(tmp_path):
     assert choice.faster and choice.tiles == tiles
     assert [body_of(t) for t in choice.tiles.values()] == ["mosaic", "triton"]
     odd = choose_body("square", "sm_90", "h100", "bfloat16", (2_050,), tmp_path)
-    assert not odd.faster and "multiple of 64; got 2050" in odd.reason
+    assert not odd.faster and "multiples of 64; got 2050" in odd.reason
     assert odd.tiles == default_tiles("square", "sm_90")
 
 
-def test_rows_of_bodies_for_ampere_are_read_back(tmp_path, monkeypatch):
-    monkeypatch.setattr("pallas_kernels.kernel_choice.find_fault", lambda: "")
+@pytest.mark.usefixtures("mosaic_usable")
+def test_rows_of_bodies_for_ampere_are_read_back(tmp_path):
     shapes, rows = {"square": (2_048,), "attention": (8, 1_024, 12, 12, 64)}, []
     for op, shape in shapes.items():
         contest = SimpleNamespace(op=op, shape=shape, documents=False, window=0)
@@ -210,6 +217,7 @@ def test_rows_of_bodies_for_ampere_are_read_back(tmp_path, monkeypatch):
 )
 def test_versions_of_ptxas_that_miscompile_are_refused(version, faulty, tmp_path, monkeypatch):
     monkeypatch.setattr(ptxas.importlib.metadata, "version", lambda package: version)
+    monkeypatch.setattr(ptxas, "OLDEST_JAX", (0,))
     ptxas.find_fault.cache_clear()
     try:
         tiles = default_tiles("square", "sm_90") | {"square": MosaicProductTiles(256, 128, 64, 3)}
@@ -241,6 +249,7 @@ def test_the_search_includes_mosaic_bodies_only_where_mosaic_is_usable():
         ("attention", "float32", (8, 512, 12, 12, 64), "bfloat16 or float16; got float32"),
         ("attention", "bfloat16", (8, 512, 12, 12, 32), "heads of 64 or 128; got 32"),
         ("head", "bfloat16", (768, 50_257), "multiples of 64; got 768, 50257"),
+        ("attention", "bfloat16", (8, 8_191, 12, 12, 64), "a multiple of 8; got 8191"),
     ],
 )
 def test_mosaics_body_comes_first_on_hopper_where_no_row_decides(
@@ -264,11 +273,11 @@ def test_a_requested_kernel_without_a_row_says_which_body_runs_and_why():
     assert body_of(route.tiles.forward) == ("mosaic" if mosaic.USABLE else "triton")
 
 
+@pytest.mark.usefixtures("mosaic_usable")
 def test_without_the_triton_backend_strict_uses_the_other_bodies_or_says_what_is_missing(
     monkeypatch,
 ):
     """JAX will remove it. Before, no body for Ampere is chosen that was not measured faster."""
-    monkeypatch.setattr("pallas_kernels.kernel_choice.explain_missing_mosaic", lambda: "")
     choose = lambda: choose_body("square", "sm_86", "a40", "bfloat16", (2_048,))
     assert [body_of(tiles) for tiles in choose().tiles.values()] == ["triton"] * 2
     monkeypatch.setattr("pallas_kernels.kernel_choice.has_triton", lambda: False)

@@ -138,9 +138,19 @@ def test_arrays_that_the_memory_accelerator_cannot_copy_are_an_error(x, message)
         symmetric(x, tiles=SQUARES[0][0], interpret=True)
 
 
+def test_more_than_8_rows_that_are_no_multiple_of_8_are_an_error_unless_they_can_be_padded():
+    tiles, q = MosaicAttentionTiles(128, 64, 2), jnp.ones((1, 12, 1, 64), HALF)
+    blocks = FlashAttentionTiles(tiles, MosaicAttentionTiles(64, 128, 2), tiles)
+    with pytest.raises(ValueError, match=r"a multiple of them; got T=12\."):
+        flash_attention(q, q, q, None, None, blocks, True)
+    w, targets = jnp.ones((36, 64), HALF), jnp.zeros(8, jnp.int32)
+    with pytest.raises(ValueError, match=r"a multiple of them; got V=36\."):
+        head_scores(q[0, :8, 0], w, targets, SQUARES[0][0], keep="", interpret=True)
+
+
 def test_head_scores_equal_the_reference():
     """Neither N nor V is a multiple of its tile; targets lie before, in, at the end of, past V."""
-    tiles, softcap, (N, D, V) = MosaicProductTiles(128, 128, 64, 2, group=1), 15.0, (136, 64, 288)
+    tiles, softcap, (N, D, V) = MosaicProductTiles(128, 128, 64, 2, group=1), 15.0, (141, 64, 288)
     h, w = draw(0, N, D), draw(1, V, D) / 4
     targets = jax.random.randint(jax.random.key(2), (N,), -1, V).at[0].set(V - 1).at[1].set(V)
     got = head_scores(h, w, targets, tiles, softcap, interpret=not ON_GPU)

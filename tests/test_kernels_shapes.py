@@ -62,6 +62,7 @@ def test_every_shipped_config_uses_all_kernels_once_the_bench_is_complete(
     contests = build_contests(Sizes())
     rows = [fake_row(c.op, chip, c.shape, tiles=tiles(c.op)) for c in contests]
     use_rows(monkeypatch, rows)
+    monkeypatch.setattr(kernel_choice, "explain_missing_mosaic", lambda: "")
     routes = routes_on(chip, load(name))
     plain = {op for op in OPS if op in routes and not routes[op].is_fused}
     assert plain == OTHER_MATHEMATICS.get(name, set()), routes
@@ -142,6 +143,7 @@ def test_a_row_of_attention_applies_to_a_similar_window(measured, wanted, applie
 def test_a_model_with_windows_uses_the_kernel_if_it_is_faster_in_all_layers(monkeypatch):
     everywhere = fake_row("attention", "h100", MEASURED)
     within = everywhere._replace(window=512, tiles=mosaic_tiles("attention", "sm_90"))
+    monkeypatch.setattr(kernel_choice, "explain_missing_mosaic", lambda: "")
     model = ModelConfig(L=4, D=2_048, H=16, G=4, K=128, window=512)
 
     def route(rows, **values):

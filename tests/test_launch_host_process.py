@@ -11,7 +11,6 @@ import pytest
 from local_client import LocalClient
 
 from launch import host_process, sync_code
-from launch.host_process import explain
 from launch.inventory import Host
 from launch.network import NetworkAgents
 from launch.ssh import HostError
@@ -64,6 +63,10 @@ def test_a_command_line_has_nothing_that_a_shell_could_expand(host, monkeypatch)
     ("command", "message"),
     [
         ("echo 'This account is currently not available.'; exit 1", "no login shell.*chsh"),
+        ("echo 'This account is not available'; exit 1", "no login shell.*chsh"),
+        ("echo hello; exit 0", "A login script .* may end the shell.* Or a forced command"),
+        ("exit 0", "no answer.*A login script .* may end the shell"),
+        ("exec no-such-tmux", "it has no program no-such-tmux.*ended with 127.*login script"),
         ("echo 'only git here'; exit 0", 'did not run our command.*ended with 0, stdout "only git'),
         ("exec /no/such/python", "it has no program .*python.*Set python in the inventory"),
         ("echo hello; exit 255", 'its connection broke.*stdout "hello". Check that it is on'),
@@ -77,59 +80,6 @@ def test_a_host_that_does_not_answer_is_explained_with_its_own_words(host, comma
     with pytest.raises(HostError, match=message) as error:
         call(host, command)
     assert len(str(error.value)) < 1_000 and str(error.value).isprintable()
-
-
-@pytest.mark.parametrize(
-    ("errors", "message"),
-    [
-        ("@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @", "ssh-keygen -R h0` and compare"),
-        ("No ED25519 host key is known for h0\nHost key verification failed.", "not known here"),
-        ("ssh: Could not resolve hostname h0: Name or service not known", "name has no address"),
-        ("ssh: connect to host h0 port 23: Connection refused", "nothing listens .*correct port"),
-        ("ssh: connect to host h0 port 22: Connection timed out", "cannot be reached"),
-        ("u@h0: Permission denied (publickey).", "accepts no key .*ssh-copy-id u@h0"),
-        (
-            "sign_and_send_pubkey: signing failed for ED25519: agent refused operation\n"
-            "u@h0: Permission denied (publickey).",
-            "agent did not sign .*ssh-add -l",
-        ),
-        ("kex_exchange_identification: Connection closed by remote host", "sshd closed"),
-        (
-            "Received disconnect from h0 port 22:2: Too many authentication failures\n"
-            "Disconnected from h0 port 22",
-            "too many keys.*IdentitiesOnly yes.*IdentityFile",
-        ),
-    ],
-)
-def test_each_kind_of_failure_has_its_own_remedy(errors, message):
-    host = Host("a", "10.0.0.1", ssh="u@h0")
-    text = explain(host, 255, b"", errors.encode())
-    assert re.search(message, text) and text.startswith("a: ") and "ended with 255" in text
-
-
-BANNER = b"Idle sessions are timed out.\n" + 20 * b"Authorised users only.\n"
-
-
-@pytest.mark.parametrize(
-    ("code", "output", "errors", "message"),
-    [
-        (127, b"curl: (7) Connection refused\n", b"exec: python3: not found", "no program python3"),
-        (127, b"", b"curl: (7) Connection refused\nUnknown command", "no program python3"),
-        (1, b"", b"curl: command not found\npython3: Command not found.\n", "no program python3"),
-        (1, b"", b"curl: command not found\nKilled\n", "gave no answer"),
-        (255, b"curl: (7) Connection refused\n", b"Broken pipe", "connection broke"),
-        (255, b"", BANNER + b"u@a: Permission denied (publickey).", "accepts no key"),
-    ],
-)
-def test_the_cause_is_what_ssh_or_the_shell_reports_not_what_a_script_or_a_banner_says(
-    code, output, errors, message
-):
-    assert message in explain(Host("a", "10.0.0.1"), code, output, errors)
-
-
-def test_the_last_line_of_a_host_with_a_long_banner_is_quoted():
-    text = explain(Host("a", "10.0.0.1"), 255, b"", BANNER + b"an unknown reason\n")
-    assert 'Authorised users only. an unknown reason". Check' in text and len(text) < 600
 
 
 def test_a_host_that_closes_its_output_and_goes_on_is_not_waited_for(host, monkeypatch):

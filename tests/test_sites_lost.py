@@ -16,6 +16,7 @@ from sites_scene import Proxy, Scene, wait_until
 import runs
 from jaxtrain.config.run_sections import SitesConfig
 from jaxtrain.distributed.broadcast import MESSAGE_BYTES
+from jaxtrain.distributed.heartbeat import beat
 from jaxtrain.optim.noise import NoiseState
 from jaxtrain.sites.decisions import Decider, Decision, View, decide
 from jaxtrain.sites.ends import compare_ends
@@ -187,6 +188,14 @@ def built(tmp_path_factory):
     return build(text, optim__name="accelerated_lmo", optim__accelerate_all=True, optim__ns_steps=1)
 
 
+@pytest.fixture
+def shown(monkeypatch):
+    """What the heartbeats of all sites show about sites."""
+    texts = set()
+    monkeypatch.setattr(beat, "describe_sites", texts.add)
+    return texts
+
+
 class Pair:
     """Two sites, or more, with real connections, whose training runs in threads."""
 
@@ -237,7 +246,7 @@ def pace(limit):
     return before
 
 
-def test_a_lost_site_is_left_out_and_returns_with_the_same_weights(built, tmp_path):
+def test_a_lost_site_is_left_out_and_returns_with_the_same_weights(built, tmp_path, shown):
     with Pair(built, tmp_path, codec="int4") as pair:
         step = [2 * PERIOD]
         # At step 12 only the checkpoint of step 8 counts: it needs no code of that time.
@@ -270,6 +279,8 @@ def test_a_lost_site_is_left_out_and_returns_with_the_same_weights(built, tmp_pa
         assert any("goes on without it, from round 2 on" in note for note in a.notes)
         assert any("back: it gets the weights after round 4" in note for note in a.notes)
         assert any("after step 16 instead of 8" in note for note in again.notes)
+        assert {"without site1 since round 2", ""} < shown
+        assert "left out, waits for the weights of site0" in shown
 
         # The leader resumes from before the loss: it decides and computes the same again.
         pair.exchanges["a"].close()
@@ -328,10 +339,11 @@ def test_two_sites_without_a_link_between_them_return_again_and_again_until_it_w
 
 
 def test_the_second_site_waits_if_it_does_not_hear_the_first_and_so_never_continues_alone(
-    built, tmp_path
+    built, tmp_path, shown
 ):
     with Pair(built, tmp_path) as pair:
         stop = time.monotonic() + 2.0
         b, training_b = pair.start("b", until=PERIOD, stop=lambda: time.monotonic() > stop)
         training_b.result(60)
         assert not pair.ledger("b") and b.rounds.outer[0].pending
+    assert shown == {"waits for round 1 of site0", ""}

@@ -13,6 +13,7 @@ import jax
 
 from jaxtrain.benchmarks.child import BenchJob
 from jaxtrain.benchmarks.jax_child import describe_device
+from jaxtrain.benchmarks.processor import date_and_commit
 from jaxtrain.benchmarks.step_timing import gpu_clocks
 from jaxtrain.doctor.gpu import find_gpus
 from jaxtrain.files import strict_json, write_atomic
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="file for the row")
     parser.add_argument("--tiny", action="store_true", help="a trial on any processor")
     args = parser.parse_args(argv)
-    row = describe_card(args.tiny) | ({"tiny": True} if args.tiny else {})
+    row = describe_card(args.tiny) | date_and_commit() | ({"tiny": True} if args.tiny else {})
     write_atomic(args.out, strict_json(row, indent=1) + "\n")
 
 

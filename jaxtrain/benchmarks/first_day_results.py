@@ -104,15 +104,20 @@ def find_left(rows: Sequence[Row]) -> list[str]:
     return marked + [str(name) for row in rows for name in row.get("left", ())]
 
 
+def ceilings_figure(row: Row) -> str:
+    """Returns what a plain product and a plain copy reach on the card."""
+    return (
+        f"product {row['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s, copy "
+        f"{row['copy_bytes_per_s'] / 1e9:.1f} GB/s"
+    )
+
+
 def _summarize_machine(rows: Sequence[Row]) -> list[str]:
     lines = []
     for row in rows:
         versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
         lines += [f"{row['device']}: {versions}", f"clocks as found: {row['clocks']}"]
-        lines.append(
-            f"ceilings: product {row['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s, copy "
-            f"{row['copy_bytes_per_s'] / 1e9:.1f} GB/s"
-        )
+        lines.append(f"ceilings: {ceilings_figure(row)}")
     return lines
 
 
@@ -169,15 +174,17 @@ def _summarize_plan(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def profile_figure(row: Row) -> str:
+    """Returns the length of a trace, the device's idle share and the shares of the top causes."""
+    causes = list(row["by_cause_s"].items())[:TOP_CAUSES]
+    total_s = sum(row["by_cause_s"].values())
+    shares = "; ".join(f"{cause} {seconds / total_s:.1%}" for cause, seconds in causes)
+    idle = row["idle_s"] / row["span_s"]
+    return f"{1e3 * row['span_s']:.1f} ms, {idle:.1%} idle: {shares}"
+
+
 def _summarize_profile(rows: Sequence[Row]) -> list[str]:
-    lines = []
-    for row in rows:
-        causes = list(row["by_cause_s"].items())[:TOP_CAUSES]
-        total_s = sum(row["by_cause_s"].values())
-        shares = "; ".join(f"{cause} {seconds / total_s:.1%}" for cause, seconds in causes)
-        idle = row["idle_s"] / row["span_s"]
-        lines.append(f"{row['trace']}: {1e3 * row['span_s']:.1f} ms, {idle:.1%} idle: {shares}")
-    return lines
+    return [f"{row['trace']}: {profile_figure(row)}" for row in rows]
 
 
 SUMMARIES: dict[str, Callable[[Sequence[Row]], list[str]]] = {

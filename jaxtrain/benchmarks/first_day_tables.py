@@ -7,20 +7,13 @@ of other cards stay.
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxtrain.benchmarks.first_day_results import (
-    Row,
-    contests,
-    kernel_figure,
-    read_record,
-    read_rows,
-)
-from jaxtrain.benchmarks.gpu_results import SHARE_TOKENS
+from jaxtrain.benchmarks.first_day_figures import FIGURES, Figure
+from jaxtrain.benchmarks.first_day_results import Row, read_record, read_rows
 from pallas_kernels import kernel_choice
-from pallas_kernels.targets import read_targets
 
 ROOT = Path(__file__).parent.parent.parent
 START, END = "<!-- first day: {} -->\n", "<!-- end of first day: {} -->\n"
@@ -28,7 +21,7 @@ HEADER = "| what | figure | card, versions, date, commit | command |\n|---|---|-
 COMMAND = "`jaxtrain bench --suite=first-day --stages={} --out=DIR`"
 NO_CARD = "-"  # the third cell of a row that was not measured
 PAGES = {"training": ("README.md", "docs/results.md"), "kernels": ("docs/results.md",)}
-PAGES |= {"plan": ("docs/results.md",)}
+PAGES |= dict.fromkeys(("machine", "plan", "profile"), ("docs/results.md",))
 
 
 class TableError(ValueError):
@@ -73,6 +66,12 @@ def merge_rows(old: Sequence[TableRow], new: Sequence[TableRow]) -> list[TableRo
     return [*new, *filter(stays, old)]
 
 
+def make_row(card: str, figure: Figure) -> TableRow:
+    """Returns the row of a figure, with the date and the commit at which it was measured."""
+    source = f"{card}, {figure.source['date'][:10]}, {figure.source['commit'][:7]}"
+    return TableRow(figure.what, figure.text, source, COMMAND.format(figure.stages))
+
+
 def update_page(text: str, block: str, rows: Sequence[TableRow]) -> str:
     """Returns a page with rows merged into one of its blocks.
 
@@ -89,14 +88,14 @@ def update_page(text: str, block: str, rows: Sequence[TableRow]) -> str:
 
 
 @contextlib.contextmanager
-def _name_result(path: Path) -> Iterator[None]:
+def _name_result(*paths: Path) -> Iterator[None]:
     """Turns an error about a missing or damaged result into a TableError that names it."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TableError(
-            f"--write needs the results of the suite; got {path}: {type(error).__name__} {error}. "
-            "Run its stage again: --stages."
+            f"--write needs the results of the suite; got {' and '.join(map(str, paths))}: "
+            f"{type(error).__name__} {error}. Run its stage again: --stages."
         ) from None
 
 
@@ -107,77 +106,6 @@ def _describe_machine(machine: Row) -> str:
         versions.append(f"cuDNN {machine['cudnn']}")
     versions += [f"{name} {version}" for name, version in machine["versions"].items()]
     return f"{machine['device']}, {', '.join(versions)}"
-
-
-def training_figures(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
-    """Yields (what, figure) for each size: our fastest step beside PyTorch's fastest."""
-    ours = [row for row in rows if row.get("variant") == "jaxtrain" and "step_s" in row]
-    ratios = {row["case"]: row for row in rows if row.get("what") == "ratio"}
-    warm = {row["case"]: row for row in ours if row["what"] == "warm start"}
-    steps = [row for row in ours if row["what"] == "step"]
-    for case in dict.fromkeys(row["case"] for row in steps):
-        best = max((r for r in steps if r["case"] == case), key=lambda row: row["tokens_per_s"])
-
-        def verdict(name: str, targets: dict[str, str] = best["targets"]) -> str:
-            return f" ({targets[name]})" if name in targets else ""
-
-        parts = [f"{best['tokens_per_s']:,.0f} tokens/s"]
-        if best["mfu"] is not None:
-            parts.append(f"MFU {best['mfu']:.1%}{verdict('mfu')}")
-        if ratio := ratios.get(case):
-            text = ratio["targets"].get("ratio", "")
-            parts.append(f"{ratio['value']:.2f}x compiled PyTorch ({text})")
-        if best["optimizer_share_at_524288"] is not None:
-            share = f"{best['optimizer_share_at_524288']:.1%} at {SHARE_TOKENS:,} tokens a step"
-            parts.append(f"optimizer {share}{verdict('optimizer_share_at_524288')}")
-        if best.get("idle_share") is not None:
-            parts.append(f"device idle {best['idle_share']:.1%}{verdict('idle_share')}")
-        if best["peak_bytes"] is not None:
-            parts.append(f"peak {best['peak_bytes'] / 2**30:.1f} GiB")
-        first = next(row for row in steps if row["case"] == case)
-        starts = f"first step after {first['first_step_s']:.0f} s"
-        if case in warm:
-            starts += f", {warm[case]['first_step_s']:.0f} s with the compile cache"
-        yield case.replace(" ", " with "), "; ".join([*parts, starts])
-
-
-def kernel_figures(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
-    """Yields (what, figure) for each contest in which a correct kernel of ours was timed."""
-    chips = {row["chip"] for row in rows if "chip" in row}
-    targets = read_targets().get(chips.pop(), {}) if len(chips) == 1 else {}
-    for name, result in contests(rows).items():
-        if figure := kernel_figure(result, trial=False, target=targets.get(name)):
-            yield name, figure
-
-
-def plan_figures(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
-    """Yields (what, figure) of the plan beside each measured step, and of the calibration."""
-    for plan in rows:
-        for row in plan["rows"]:
-            figure = f"{row['measured_s']:.4f} s, bound {row['bound_s']:.4f} s"
-            if "calibrated_s" in row:
-                figure += f", calibrated {row['calibrated_s']:.4f} s"
-            if row["measured_bytes"]:
-                gib = [row[key] / 2**30 for key in ("measured_bytes", "planned_bytes")]
-                figure += f"; peak {gib[0]:.1f} GiB, planned {gib[1]:.1f}"
-            yield f"plan of {row['case']}", figure
-        if "calibration" in plan:
-            yield "efficiencies for `jaxtrain plan --calibrated`", plan["calibration"]
-
-
-class Figures(NamedTuple):
-    """Where a table's figures come from."""
-
-    stage: str
-    result: str
-    compute: Callable[[Sequence[Row]], Iterator[tuple[str, str]]]
-
-
-FIGURES = {
-    "training": Figures("training", "training.jsonl", training_figures),
-    "kernels": Figures("kernels", "kernels.json", kernel_figures),
-    "plan": Figures("plan", "plan.json", plan_figures),
-}
 
 
 def write_tables(folder: Path, root: Path = ROOT) -> list[Path]:
@@ -199,15 +127,13 @@ def write_tables(folder: Path, root: Path = ROOT) -> list[Path]:
     with _name_result(folder / "machine.json"):
         card = _describe_machine(read_rows(folder / "machine.json")[0])
     pages, changed = {}, []
-    for block, (stage, result, compute) in FIGURES.items():
-        calls = record["stages"].get(stage, {}).get("calls", [])
-        if not calls or not (folder / result).exists():
+    for block, (results, compute) in FIGURES.items():
+        paths = [folder / result for result in results]
+        if not all(path.exists() for path in paths):
             continue
-        when = f"{calls[-1]['date'][:10]}, {calls[-1]['commit'][:7]}"
-        source, command = f"{card}, {when}", COMMAND.format(stage)
-        with _name_result(folder / result):
-            rows = [row for row in read_rows(folder / result) if not is_trial(row)]
-            table = [TableRow(what, figure, source, command) for what, figure in compute(rows)]
+        with _name_result(*paths):
+            rows = [row for path in paths for row in read_rows(path) if not is_trial(row)]
+            table = [make_row(card, figure) for figure in compute(rows)]
         for name in PAGES[block] if table else ():
             text = pages.get(name) or (root / name).read_text()
             try:

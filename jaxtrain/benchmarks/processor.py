@@ -44,10 +44,14 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def date_and_commit() -> dict[str, str]:
+    """Returns when, and by which commit's code, something is measured."""
+    return {"date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", "commit": find_commit()}
+
+
 def provenance() -> dict[str, Any]:
     """Returns the command, the date and the commit."""
-    date = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-    return {"command": sys.argv, "date": date, "commit": find_commit()}
+    return {"command": sys.argv, **date_and_commit()}
 
 
 def machine_text(machine: Mapping[str, Any]) -> str:

@@ -111,7 +111,8 @@ class _KernelRoutes:
             return f"mesh.tensor={self.tensor} must divide {model.G=}"
         tiles = None if self.kernels.interpret else self.measured(op).tiles
         outputs = model.F, model.H * model.K, model.G * model.K  # of matrices with D inputs
-        return find_body_obstacle(op, tiles, {min(model.D, n) for n in outputs})
+        matrices = {(min(model.D, n), max(model.D, n)) for n in outputs}
+        return find_body_obstacle(op, tiles, matrices)
 
     def scoring_obstacle(self) -> str:
         """Returns which score of the model attention's kernel does not compute; "" if none."""
