@@ -2,11 +2,12 @@
 
 import base64
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 from launch.host.files import read_json, write_json
-from launch.host.run_files import NAME, PROCESSES, WORKDIR, flag_value
+from launch.host.run_files import CLOCK, NAME, PROCESSES, WORKDIR, flag_value
 from launch.inventory import Host
 from launch.job import Job, read_jobs
 from launch.ssh import HostError, SshClient
@@ -86,6 +87,7 @@ class RunCopy:
             more = answer["more"]
             if is_first:
                 self.job_ended = answer["over"]
+                write_json(self.folder / CLOCK, {"lead_s": answer["time"] - time.time()})
             for name, part in answer["files"].items():
                 if not NAME.fullmatch(name):  # a host must not write outside the copy
                     raise HostError(f"{host.name}: sent a file that is not of a run: {name!r}.")
@@ -149,6 +151,7 @@ def _check_answer(host: Host, answer: Any) -> None:
     try:
         parts = answer["files"].values()
         valid = {type(answer["more"]), type(answer["over"])} == {bool}
+        valid &= type(answer["time"]) is float and 0 <= answer["time"] < 1e12
         valid &= all(type(part[key]) is kind for part in parts for key, kind in kinds.items())
         for part in parts:
             base64.b64decode(part["base64"], validate=True)

@@ -1,6 +1,7 @@
 import io
 import sys
 import tarfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +33,14 @@ def test_incompletely_received_code_is_deleted_after_a_day(tmp_path, monkeypatch
     request["hash"] = code_lib.hash_files(tmp_path, [])
     new = Path(code_lib.land(request | {"by": "c"})["folder"])
     assert list((tmp_path / "code").iterdir()) == [new]
+
+
+def test_a_jump_of_the_clock_does_not_delete_arriving_code(tmp_path, monkeypatch):
+    request, clock = {"workdir": str(tmp_path), "hash": "1", "files": []}, time.time
+    arriving = Path(code_lib.land(request | {"by": "a"})["folder"])
+    monkeypatch.setattr(time, "time", lambda: clock() + 2 * code_lib.STALE_S)
+    code_lib.land(request | {"by": "b"})
+    assert arriving.exists()
 
 
 def test_code_whose_connection_breaks_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Runs a supervisor in a process of its own, with a job whose only host is this machine."""
 
 import dataclasses
+import gc
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from web_server import SECRET, Server
 
+from launch.host import requests
 from launch.host.channel import free_port
 from launch.host.log import read
 from launch.host.restart_policy import Policy
@@ -94,6 +96,39 @@ def test_a_jump_of_the_clock_does_not_end_the_operators_lease(start_leader):
     time.sleep(0.2)
     ages_s.append(leader.report()["lease_age_s"] - 0.2)
     assert all(0 <= age_s < 0.1 for age_s in ages_s), ages_s
+
+
+def test_reports_leave_no_garbage_in_cycles(start_leader):
+    """A supervisor makes two reports a second; such garbage, of a few objects, stays for long."""
+    leader = start_leader()
+
+    def report():
+        leader._lead(leader.report(), time.monotonic())
+        leader._write_status(leader.report())
+
+    report()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(10):
+            report()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
+def test_a_jump_of_the_clock_does_not_change_the_age_of_a_status(start_leader, monkeypatch):
+    leader, clock, monotonic = start_leader(), time.time, time.monotonic
+    monkeypatch.setattr(requests, "job_folder", lambda request: leader.folder)
+    age_s = lambda: requests.status({"job": leader.job["id"]})["age_s"]
+    assert leader._write_status(leader.report())
+    for jump_s in (600, -600):
+        monkeypatch.setattr(time, "time", lambda: clock() + jump_s)  # noqa: B023
+        assert 0 <= age_s() < 5
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + 20)
+    assert 20 <= age_s() < 25
+    monkeypatch.setattr(requests.processes, "boot_id", lambda: "another")
+    assert age_s() == 0
 
 
 @pytest.mark.parametrize("status", [{}, {"attempt": 2, "do": "run"}])

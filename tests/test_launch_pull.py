@@ -3,6 +3,7 @@ import json
 import shutil
 import sys
 import threading
+import time
 
 import pytest
 from local_client import LocalClient
@@ -15,7 +16,8 @@ from launch.host.run_files import read_changes
 from launch.inventory import Host
 from launch.job import Job
 from launch.pull import RunCopy
-from launch.report.run_folder import NoRun
+from launch.report.figures import progress
+from launch.report.run_folder import NoRun, read_run
 from launch.ssh import HostError
 
 
@@ -71,11 +73,42 @@ def test_what_a_host_sends_is_bounded(tmp_path, monkeypatch, files, message):
                 name: {"inode": 1, "at": at, "base64": base64.b64encode(data).decode(), "tail": 0}
                 for name, (at, data) in files.items()
             }
-            return {"more": True, "over": True, "files": parts}
+            return {"more": True, "over": True, "time": 1.7e9, "files": parts}
 
     source.client = Hostile([host])
     with pytest.raises(HostError, match=message):
         source.fetch()
+
+
+@pytest.mark.parametrize("skew_s", [0.0, -600.0, 600.0])
+def test_the_state_of_a_job_does_not_depend_on_its_hosts_clock(tmp_path, monkeypatch, skew_s):
+    monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
+    host, run, clock = Host("a", "127.0.0.1"), write_run(tmp_path / "run", series(60)), time.time
+    (run / "summary.json").unlink()
+    record = {"argv": [f"--config.workdir={run}"], "env": {}, "ranks_per_host": 1}
+    source = RunCopy(Job.create([host], Policy(), "", **record, folders={}).id)
+
+    class Skewed(LocalClient):
+        def call(self, host, request, timeout_s=60.0):
+            with monkeypatch.context() as patch:
+                patch.setattr(time, "time", lambda: clock() + skew_s)
+                return {"over": False} | read_changes(run, request["have"], request["skip"])
+
+    source.client = Skewed([host])
+    for age_s, state in ((200.0, "silent for 3 min 2"), (1.0, "running")):
+        with open(run / "metrics.jsonl", "a") as file:
+            line = {"step": 61, "time": clock() + skew_s - age_s, "train/loss_nats": 3.0}
+            file.write(json.dumps(line) + "\n")
+        found = read_run(source.fetch())
+        assert found.state.startswith(state) and ("left" in progress(found)) == (age_s < 60)
+
+
+@pytest.mark.parametrize("time_s", [None, "now", float("nan"), 1e400, -1.0])
+def test_a_hosts_clock_that_has_no_meaning_is_refused(time_s):
+    with pytest.raises(HostError, match="have no meaning"):
+        pull._check_answer(
+            Host("a", "127.0.0.1"), {"more": False, "over": False, "files": {}, "time": time_s}
+        )
 
 
 def test_a_run_of_more_bytes_than_any_real_one_is_refused(tmp_path, monkeypatch):

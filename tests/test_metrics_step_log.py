@@ -1,5 +1,6 @@
 import gc
 import json
+import time
 
 import pytest
 
@@ -30,6 +31,18 @@ def log(tmp_path):
 def add_usual(log, first, count=20):
     for step in range(first, first + count):
         log.add(step, USUAL_S + 1e-4 * (step % 5), 0.0)
+
+
+@pytest.mark.parametrize("jump_s", [-600, 600])
+def test_steps_are_written_in_time_after_a_jump_of_the_clock(log, tmp_path, monkeypatch, jump_s):
+    add_usual(log, 1, 2)
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + jump_s)
+    log.flush(wait_s=60)
+    assert lines(tmp_path) == []
+    time.sleep(0.02)
+    log.flush(wait_s=0.01)
+    assert steps(tmp_path) == [1, 2]
 
 
 def test_buffered_steps_become_lines_when_they_are_flushed(log, tmp_path):

@@ -70,6 +70,7 @@ class StepLog:
         rewind_metrics(path, resume_step)
         self._file = Appender(path)
         self._buffer: list[StepRecord] = []
+        self._oldest_s = 0.0  # when the first buffered step ended, by the monotonic clock
         self._recent_s = deque(maxlen=HISTORY)  # step times in the file
         self.outliers = Counter()  # cause -> steps
         self.gc_s = 0.0  # time in the garbage collector since the last step
@@ -94,6 +95,8 @@ class StepLog:
         """Buffers a step that has just ended; see StepRecord for the arguments."""
         causes_s = {"data": wait_s, "gc": self.gc_s, **(causes_s or {})}
         self.gc_s = 0.0
+        if not self._buffer:
+            self._oldest_s = time.monotonic()
         self._buffer.append(
             StepRecord(
                 step, time.time(), step_time_s, wait_s, wire_bytes, tuple(activities), causes_s
@@ -107,7 +110,7 @@ class StepLog:
             wait_s: nothing is written while the oldest buffered step is younger than this.
         """
         records = self._buffer
-        if not records or time.time() - records[0].time < wait_s:
+        if not records or time.monotonic() - self._oldest_s < wait_s:
             return
         times_s = [*self._recent_s, *(record.step_time_s for record in records)]
         median_s = statistics.median(times_s)

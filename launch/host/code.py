@@ -5,7 +5,6 @@ import os
 import shutil
 import sys
 import tarfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +36,11 @@ def land(request: Request) -> dict[str, Any]:
         os.utime(folder)
         return {"missing": False, "folder": str(folder)}
     folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for path in folder.parent.glob(".*"):
-        with contextlib.suppress(FileNotFoundError):  # another request has just renamed it
-            if time.time() - path.stat().st_ctime > STALE_S:  # unpacking may have set its mtime
-                shutil.rmtree(path, ignore_errors=True)
-    if not draft.exists():
+    missing = not draft.exists()
+    if missing:
         draft.mkdir(mode=0o700)
+    _delete_stale_drafts(draft)
+    if missing:
         return {"missing": True, "folder": str(draft)}
     _check_code(draft, request, "A file was edited while it was sent. Start again")
     runs = root_of(request) / "runs"  # a relative --config.workdir must outlive this code
@@ -56,6 +54,16 @@ def land(request: Request) -> dict[str, Any]:
             raise
         return land(request)  # another operator has sent the same code meanwhile
     return {"missing": False, "folder": str(folder)}
+
+
+def _delete_stale_drafts(draft: Path) -> None:
+    """Deletes drafts that are STALE_S older than this one, by the clock of their file system."""
+    os.utime(draft)  # sets its ctime to now
+    for path in set(draft.parent.glob(".*")) - {draft}:
+        with contextlib.suppress(FileNotFoundError):  # another request has just renamed it
+            # Not its mtime, which unpacking may have set.
+            if draft.stat().st_ctime - path.stat().st_ctime > STALE_S:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _check_code(folder: Path, request: Request, reason: str) -> None:

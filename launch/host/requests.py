@@ -99,15 +99,17 @@ def prune(jobs: Path) -> None:
 def status(request: Request) -> dict[str, Any]:
     """Returns the stored status, whether the job has a supervisor, and its living processes.
 
-    `age_s` is the age of the stored status by this host's clock, and `stopped` whether a signal
-    has stopped the supervisor.
+    `age_s` is the age of the stored status, or 0 if it is from before a reboot, and `stopped`
+    whether a signal has stopped the supervisor.
     """
     folder = job_folder(request)
     if not (folder / "job.json").exists():
         return {"known": False, "processes": processes.marked(request["job"])}
     stored = read_json(folder / "status.json")
     stat = processes.read_stat(stored["pid"]) if is_running(folder) else None
-    age_s = time.time() - (folder / "status.json").stat().st_mtime if stored else 0.0
+    # All processes of a boot share the monotonic clock, and setting the date does not change it.
+    now_s, booted = time.monotonic(), stored.get("boot") == processes.boot_id()
+    age_s = now_s - stored.get("written_s", now_s) if booted else 0.0
     return stored | {
         "known": True,
         "alive": has_supervisor(folder),

@@ -3,6 +3,7 @@
 import base64
 import os
 import re
+import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import BinaryIO
 from launch.host.log import TAIL_BYTES
 
 CONFIG, SUMMARY, METRICS = "config.json", "summary.json", "metrics.jsonl"
+CLOCK = "clock.json"  # only in a copy: {"lead_s": how far the clock that wrote it is ahead of ours}
 PROCESSES = "hosts"  # folder of <process>.jsonl, one file per process
 # The files that a host may send.
 NAME = re.compile(rf"({PROCESSES}/)?[\w.-]{{1,100}}\.jsonl?", re.ASCII)
@@ -37,7 +39,7 @@ def read_changes(
 
     Returns:
         {"files": {name: {"inode", "at" (offset), "base64", "tail"}}, "names": all files,
-        "more": whether the size limit left something out}
+        "more": whether the size limit left something out, "time": this host's clock}
     """
     paths = [folder / name for name in (CONFIG, SUMMARY, METRICS)]
     paths = [path for path in (*paths, *process_files(folder)) if path.exists()]
@@ -61,7 +63,7 @@ def read_changes(
         text = base64.b64encode(data).decode()
         files[name] = {"inode": stat.st_ino, "at": offset, "base64": text, "tail": tail}
     names = [str(path.relative_to(folder)) for path in paths]
-    return {"files": files, "names": names, "more": more}
+    return {"files": files, "names": names, "more": more, "time": time.time()}
 
 
 def _tail(file: BinaryIO, end: int) -> int:

@@ -257,6 +257,7 @@ class Supervisor:
             "report": report,
             "outcome": outcome,
             "log_lost_bytes": self.log.lost_bytes,
+            "written_s": time.monotonic(),  # unlike the file's time, it does not depend on the date
         }
         if self.controller:
             status["hosts"] = {self.names[h]: r for h, r in self.controller.reports.items()}

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 
-from launch.host.run_files import CONFIG, METRICS, SUMMARY, process_files
+from launch.host.run_files import CLOCK, CONFIG, METRICS, SUMMARY, process_files
 from launch.report.formats import duration
 from launch.report.json_files import read_json
 from launch.report.run_shapes import check_config, is_number, read_records, read_summary
@@ -38,6 +38,7 @@ class RunFolder:
     metrics: list[dict]
     hosts: dict[str, list[dict]]  # process -> its records: steps and events
     summary: dict  # empty until the run ends
+    clock_lead_s: float | None = None  # of the host that a job's run was fetched from, over ours
 
     @property
     def name(self) -> str:
@@ -224,14 +225,22 @@ class RunFolder:
 
     @property
     def state(self) -> str:
-        """`done` or `stopped by SIGTERM`; before the end `running` or `silent for 3 min 20 s`."""
+        """`done` or `stopped by SIGTERM`; before the end `running` or `silent for 3 min 20 s`.
+
+        Hosts' clocks differ, so a record's time is compared with the clock of the host that wrote
+        it. Where that is unknown, it is the file's time that counts.
+        """
         if self.summary:
             stopped = self.summary.get("stopped_by")
             return f"stopped by {stopped}" if stopped else "done"
         if not self.metrics:
             return "no step yet"
-        times = (t for r in reversed(self.metrics) if is_number(t := r.get("time")))
-        silent_s = max(0.0, time.time() - next(times, 0.0))
+        if self.clock_lead_s is None:
+            written = (self.folder / METRICS).stat().st_mtime
+        else:
+            times = (t for r in reversed(self.metrics) if is_number(t := r.get("time")))
+            written = next(times, 0.0) - self.clock_lead_s
+        silent_s = max(0.0, time.time() - written)
         return "running" if silent_s < 60 else f"silent for {duration(silent_s)}"
 
 
@@ -260,7 +269,10 @@ def read_run(folder: Path | str) -> RunFolder:
     summary = read_summary(folder / SUMMARY)
     if metrics and summary.get("step", 0) < max(record["step"] for record in metrics):
         summary = {}  # it is from before the run was resumed
-    return RunFolder(folder, config, metrics, hosts, summary)
+    clock = read_json(folder / CLOCK)
+    lead_s = clock.get("lead_s") if isinstance(clock, dict) else None
+    lead_s = lead_s if is_number(lead_s) else None
+    return RunFolder(folder, config, metrics, hosts, summary, lead_s)
 
 
 def find_runs(path: Path | str) -> list[RunFolder]:
