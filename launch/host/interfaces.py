@@ -1,6 +1,7 @@
 """This host's network interfaces, from libc's getifaddrs, and sockets on their addresses."""
 
 import ctypes
+import functools
 import ipaddress
 import socket
 
@@ -20,13 +21,19 @@ _Ifaddrs._fields_ = [
 ]
 
 
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    # Loading it again makes new classes, whose memory Python frees only after some minutes.
+    return ctypes.CDLL(None, use_errno=True)
+
+
 def addresses() -> dict[str, list[str]]:
     """Returns {interface: its IPs}; an interface without an IP has an empty list.
 
     Raises:
         OSError: libc could not list them.
     """
-    libc, first = ctypes.CDLL(None, use_errno=True), ctypes.POINTER(_Ifaddrs)()
+    libc, first = _libc(), ctypes.POINTER(_Ifaddrs)()
     if libc.getifaddrs(ctypes.byref(first)):
         raise OSError(ctypes.get_errno(), "getifaddrs")
     ips_of: dict[str, list[str]] = {}
