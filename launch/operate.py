@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ RANK = {
     "phase": str,
     "ratios?": {str: Range(float, -1e9, 1e9)},
     "slow?": [str],
+    "sites?": re.compile("[ -~]{0,200}"),  # who is left out or waited for
 }
 SHOWN = {  # what `status` prints; only that command refuses another
     "error?": str,
@@ -238,11 +240,11 @@ def _format_age(age_s: float) -> str:
 
 
 def _describe_rank(rank: dict[str, Any]) -> str:
-    """Returns `rank 1 step 40 train`, with how slow the rank is against the others if known."""
+    """Returns `rank 1 step 40 train`, with what is known of other sites and of its slowness."""
     text = f"rank {rank['rank']} step {rank['step']} {rank['phase']}"
     ratios = [f"{kind} {ratio:.2f}x" for kind, ratio in rank.get("ratios", {}).items()]
     slow = [f"STRAGGLER in {kind}" for kind in rank.get("slow", [])]
-    notes = "; ".join([*slow, *([" ".join(ratios)] if ratios else [])])
+    notes = "; ".join(filter(None, [rank.get("sites"), *slow, " ".join(ratios)]))
     return f"{text} ({notes})" if notes else text
 
 

@@ -1,6 +1,7 @@
 """FLOPs of the custom calls in a compiled program: our kernels', cuBLAS' and cuDNN's.
 
-XLA does not know what a custom call computes, so each declares it here. Only products count, as for
+XLA does not know what a custom call computes, so each declares it here, and a kernel that moves
+only a part of an array declares that too. Only products count, as for
 XLA's own instructions. Pairs of a query and a key that the causal mask or a window hides do not
 count, and of a symmetric product only one triangle does. Documents are counted as if each row were
 one document. The window of our attention is part of its calls' metadata, in WINDOW_SCOPE.
@@ -12,6 +13,7 @@ in XLA's xla/service/gpu/backend_configs.proto.
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 Sizes = tuple[int, ...]
 
@@ -62,6 +64,33 @@ KERNELS: dict[str, Callable[..., float]] = {
     "symmetric_sum": _symmetric,
     **dict.fromkeys(("add_norm_forward", "add_norm_backward", "qk_rope_backward"), lambda *_: 0.0),
 }
+
+
+class PartlyMoved(NamedTuple):
+    """An array of a call, of which the kernel reads or writes only some elements."""
+
+    index: int  # in operands + results
+    elements: int  # that it moves
+
+
+def _read_stored(operands, results, window=None):
+    (B, H, *_), S, T = operands[0], operands[1][1], results[0][1]
+    return PartlyMoved(0, B * H * visible_pairs(T, S, window))
+
+
+def _write_stored(operands, results, window=None):
+    if len(results) < 3:  # it stores no gradients of the scores
+        return None
+    (B, H, *_), S, T = results[2], operands[1][1], operands[0][1]
+    return PartlyMoved(len(operands) + 2, B * H * visible_pairs(T, S, window))
+
+
+# A kernel's name -> what it moves only in part, given its operands' and its results' sizes. Of the
+# stored gradients of scores [B,H,S,T], padded, only pairs that the mask shows move.
+PARTLY_MOVED: dict[str, Callable[..., PartlyMoved | None]] = {
+    "flash_attention_dkv": _write_stored,
+    "flash_attention_dq_stored": _read_stored,
+}
 PALLAS = ("__gpu$xla.gpu.triton", "mosaic_gpu_v2")  # custom-call targets of Pallas' kernels
 
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
@@ -78,8 +107,12 @@ def _integers(pattern, attributes):
     return [int(number) for number in re.findall(r"\d+", match[1])]
 
 
-def _pallas_flops(attributes, operands) -> float:
-    """Returns the FLOPs of a kernel of KERNELS.
+def _target(attributes) -> str:
+    return match[1] if (match := _TARGET.search(attributes)) else ""
+
+
+def _find_kernel(attributes) -> tuple[str, dict[str, int]]:
+    """Returns the name in KERNELS of a Pallas kernel, and its window, if any, as an argument.
 
     Raises:
         ValueError: the kernel declares no FLOPs here.
@@ -91,9 +124,9 @@ def _pallas_flops(attributes, operands) -> float:
             "a Pallas kernel must declare its FLOPs in pallas_kernels/call_flops.py; got "
             f"op_name={op_name!r}"
         )
-    flops = KERNELS[names[-1]]  # an earlier name is the jitted function that contains the call
     windows = _SCOPE.findall(op_name)
-    return flops(*operands, window=int(windows[-1])) if windows else flops(*operands)
+    # An earlier name is the jitted function that contains the call.
+    return names[-1], {"window": int(windows[-1])} if windows else {}
 
 
 def _cudnn_attention(attributes, operands) -> float:
@@ -119,12 +152,26 @@ def custom_call_flops(
     Raises:
         ValueError: a Pallas kernel declares no FLOPs.
     """
-    target = match[1] if (match := _TARGET.search(attributes)) else ""
+    target = _target(attributes)
     if target in PALLAS:
-        return _pallas_flops(attributes, operands)
+        kernel, window = _find_kernel(attributes)
+        return KERNELS[kernel](*operands, **window)
     if target.startswith("__cublas$"):
         depth = math.prod(operands[0][dim] for dim in _integers(_DEPTH, attributes))
         return 2 * depth * math.prod(results[0])
     if target.startswith("__cudnn$fmha"):
         return _cudnn_attention(attributes, operands)
     return 0.0
+
+
+def find_partly_moved(
+    attributes: str, operands: Sequence[Sizes], results: Sequence[Sizes]
+) -> PartlyMoved | None:
+    """Returns the array of a custom call that moves only in part; None if there is none.
+
+    Takes and raises what custom_call_flops does.
+    """
+    if _target(attributes) not in PALLAS:
+        return None
+    kernel, window = _find_kernel(attributes)
+    return PARTLY_MOVED[kernel](operands, results, **window) if kernel in PARTLY_MOVED else None

@@ -3,7 +3,7 @@
 The body of a loop counts once per trip if XLA knows the trip count, and once otherwise. A fusion
 reads only the part of an operand that it slices, and writes only the part of a result that it
 updates. An instruction reads an operand once, however often it is named. call_flops.py has the
-FLOPs of custom calls.
+FLOPs of custom calls, and what they move only in part.
 
 Source: XLA's text form of HLO, https://openxla.org/xla/operation_semantics
 """
@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from pallas_kernels.call_flops import PALLAS, custom_call_flops
+from pallas_kernels.call_flops import PALLAS, custom_call_flops, find_partly_moved
 
 FREE = frozenset(
     ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "partition-id")
@@ -148,8 +148,10 @@ class Program:
             return self._fusion_bytes(i)
         if i.op.endswith("-start"):  # the result's type contains the operands' types too
             return bytes_of(i.result)
-        written = _WORKSPACE.sub("", i.result) if i.op == "custom-call" else i.result
-        return bytes_of(written) + sum(bytes_of(types.get(name, "")) for name in set(i.operands))
+        read = sum(bytes_of(types.get(name, "")) for name in set(i.operands))
+        if i.op == "custom-call":
+            return bytes_of(_WORKSPACE.sub("", i.result)) + read - _unmoved_bytes(i, types)
+        return bytes_of(i.result) + read
 
     def _fusion_bytes(self, i):
         inside = self._called(i)
@@ -211,11 +213,26 @@ def _peak_of(operand, i) -> str:
     return "float32" if exact else "tf32"
 
 
-def _call_flops(i, types):
+def _call_arrays(i, types):
+    """Returns the (element type, sizes) of each operand of a custom call, and of each result."""
     arrays = [shapes_of(types.get(name, "")) for name in i.operands]
-    operands, results = [a[0] for a in arrays if a], shapes_of(i.result)
+    return [a[0] for a in arrays if a], shapes_of(i.result)
+
+
+def _call_flops(i, types):
+    operands, results = _call_arrays(i, types)
     flops = custom_call_flops(i.rest, *([size for _, size in x] for x in (operands, results)))
     return flops, _peak_of(operands[0][0], i) if flops else "bfloat16"
+
+
+def _unmoved_bytes(i, types):
+    """Returns the bytes of the array that a custom call moves only in part, without that part."""
+    operands, results = _call_arrays(i, types)
+    part = find_partly_moved(i.rest, *([size for _, size in x] for x in (operands, results)))
+    if part is None:
+        return 0
+    dtype, sizes = [*operands, *results][part.index]
+    return BYTES[dtype] * (math.prod(sizes) - part.elements)
 
 
 PRODUCTS = {"dot": _dot_flops, "custom-call": _call_flops}  # opcode -> its FLOPs and their type

@@ -134,6 +134,35 @@ def test_a_cublas_call_counts_its_product_and_no_workspace():
     assert work.hbm_bytes == 2 * 4 * 256 * (128 + 256)  # a is one array, read once
 
 
+STORED = """
+ENTRY %main (q: {q}, k: {k}, ds: {ds}) -> ({k}, {k}) {{
+  %q = {q} parameter(0)
+  %k = {k} parameter(1)
+  %ds = {ds} parameter(2)
+  %dkv = ({k}, {k}{stored}) custom-call(%q, %k, %k, %q), custom_call_target="mosaic_gpu_v2", \
+metadata={{op_name="jit(step)/{scope}flash_attention_dkv/pallas_call"}}
+  %dq = {q} custom-call(%ds, %k), custom_call_target="mosaic_gpu_v2", \
+metadata={{op_name="jit(step)/{scope}flash_attention_dq_stored/pallas_call"}}
+  ROOT %y = ({k}, {k}) tuple(%k, %k)
+}}
+"""
+
+
+@pytest.mark.parametrize("window", [None, 512])
+def test_of_the_stored_gradients_of_scores_only_the_visible_part_moves(window):
+    case = next(case for case in CASES if case.name == "flash_attention_dq_stored")
+    B, T, H, G, K = case.sizes
+    types = {"q": f"bf16[{B},{T},{H},{K}]", "k": f"bf16[{B},{T},{G},{K}]"}
+    types["ds"] = f"bf16[{B},{H},{T + 128},{T}]"  # its keys are padded
+    types["scope"] = f"{WINDOW_SCOPE.format(window)}/" if window else ""
+    dkv, dq = Program(STORED.format(**types, stored=f", {types['ds']}")).work()
+    plain_dkv, _ = Program(STORED.format(**types, stored="")).work()
+    ds_bytes = 2 * B * H * visible_pairs(T, T, window)
+    assert dkv.hbm_bytes - plain_dkv.hbm_bytes == ds_bytes
+    assert dq.hbm_bytes == ds_bytes + 2 * B * T * K * (H + G)
+    assert window or dq.hbm_bytes == case.hbm_bytes
+
+
 @pytest.mark.parametrize("window", [None, 16])
 def test_cudnns_attention_counts_the_pairs_that_it_computes(window, monkeypatch):
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_000)

@@ -206,7 +206,11 @@ def test_reports_show_a_run_per_site_and_check_each(tmp_path, monkeypatch, capsy
     assert [Path(line["run"]).name for line in lines] == ["west", "east"]
     assert summary.main(["two.east"]) == 0
     assert "east" in (out := capsys.readouterr().out) and "west: loss" not in out
-    assert re.search(r"rounds of sites +3, 1 without a site", out)
+    assert re.search(r"rounds of sites +3, 1 without a site\n", out)
+    with open(tmp_path / "east" / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 60, "sites/participants": 1}) + "\n")
+    assert summary.main(["two.east"]) == 0
+    assert "4, 2 without a site, also the newest" in capsys.readouterr().out
     base = str(tmp_path / "base.json")
     assert slo.main(["record", "two", f"--out={base}"]) == slo.REFUSED
     assert "one site, JOB.SITE" in capsys.readouterr().err

@@ -72,6 +72,13 @@ def test_a_header_that_is_nested_too_deeply_has_no_meaning():
         ({"report": {"ranks": [RANK | {"slow": []}]}}, "rank 1 step 40 train (data 1.95x)"),
         ({"report": {"ranks": [RANK | {"ratios": {"data": "x"}}]}}, "no meaning"),
         ({"report": {"ranks": [RANK | {"slow": 3}]}}, "no meaning"),
+        (
+            {"report": {"ranks": [RANK | {"sites": "without asuncion since round 12"}]}},
+            "rank 1 step 40 train (without asuncion since round 12; STRAGGLER in data; data 1.95x)",
+        ),
+        ({"report": {"ranks": [RANK | {"sites": "x\nb  attempt 1"}]}}, "no meaning"),
+        ({"report": {"ranks": [RANK | {"sites": "\x1b]0;title\x07"}]}}, "no meaning"),
+        ({"report": {"ranks": [RANK | {"sites": "x" * 201}]}}, "no meaning"),
     ],
 )
 def test_a_hosts_status_takes_one_line_or_is_indented(job, capsys, monkeypatch, found, shown):

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from sites_in_memory import Hub, Site, arrive_in_time, build
@@ -15,12 +16,15 @@ from sites_scene import Proxy, Scene, wait_until
 import runs
 from jaxtrain.config.run_sections import SitesConfig
 from jaxtrain.distributed.broadcast import MESSAGE_BYTES
+from jaxtrain.distributed.heartbeat import beat
+from jaxtrain.optim.noise import NoiseState
 from jaxtrain.sites.decisions import Decider, Decision, View, decide
 from jaxtrain.sites.ends import compare_ends
 from jaxtrain.sites.errors import SiteLeftOut
 from jaxtrain.sites.ledger import DECIDED, read_ledger
-from jaxtrain.sites.rejoin import Return, find_admission
+from jaxtrain.sites.rejoin import Return, _advance_counts, find_admission
 from jaxtrain.sites.round import Outcome, Outer, Pending, describe_part
+from jaxtrain.training.step import TrainState
 
 STEPS, PERIOD = 24, 4
 BOTH, ONE = ("site0", "site1"), ("site0",)
@@ -110,6 +114,14 @@ def test_only_an_admission_after_the_newest_known_round_counts():
     assert find_admission({6: admitted, 7: left_out}, outer, 1) is None
 
 
+def test_a_site_that_skips_steps_keeps_the_seed_of_its_noise():
+    noise = NoiseState(jnp.int32(3), jnp.int32(7), {})
+    state = TrainState(jnp.int32(5), {}, (noise,), jnp.int32(0), None)
+    later = _advance_counts(state, 10, None)
+    assert later.step == 15 and later.bad_steps == 0
+    assert (later.opt_state[0].count, later.opt_state[0].seed) == (13, 7)
+
+
 @contextlib.contextmanager
 def sites_after(folder, decisions):
     """Yields a scene and its two sites, of which the leader has taken these decisions before."""
@@ -176,6 +188,14 @@ def built(tmp_path_factory):
     return build(text, optim__name="accelerated_lmo", optim__accelerate_all=True, optim__ns_steps=1)
 
 
+@pytest.fixture
+def shown(monkeypatch):
+    """What the heartbeats of all sites show about sites."""
+    texts = set()
+    monkeypatch.setattr(beat, "describe_sites", texts.add)
+    return texts
+
+
 class Pair:
     """Two sites, or more, with real connections, whose training runs in threads."""
 
@@ -226,7 +246,7 @@ def pace(limit):
     return before
 
 
-def test_a_lost_site_is_left_out_and_returns_with_the_same_weights(built, tmp_path):
+def test_a_lost_site_is_left_out_and_returns_with_the_same_weights(built, tmp_path, shown):
     with Pair(built, tmp_path, codec="int4") as pair:
         step = [2 * PERIOD]
         # At step 12 only the checkpoint of step 8 counts: it needs no code of that time.
@@ -259,6 +279,8 @@ def test_a_lost_site_is_left_out_and_returns_with_the_same_weights(built, tmp_pa
         assert any("goes on without it, from round 2 on" in note for note in a.notes)
         assert any("back: it gets the weights after round 4" in note for note in a.notes)
         assert any("after step 16 instead of 8" in note for note in again.notes)
+        assert {"without site1 since round 2", ""} < shown
+        assert "left out, waits for the weights of site0" in shown
 
         # The leader resumes from before the loss: it decides and computes the same again.
         pair.exchanges["a"].close()
@@ -317,10 +339,11 @@ def test_two_sites_without_a_link_between_them_return_again_and_again_until_it_w
 
 
 def test_the_second_site_waits_if_it_does_not_hear_the_first_and_so_never_continues_alone(
-    built, tmp_path
+    built, tmp_path, shown
 ):
     with Pair(built, tmp_path) as pair:
         stop = time.monotonic() + 2.0
         b, training_b = pair.start("b", until=PERIOD, stop=lambda: time.monotonic() > stop)
         training_b.result(60)
         assert not pair.ledger("b") and b.rounds.outer[0].pending
+    assert shown == {"waits for round 1 of site0", ""}

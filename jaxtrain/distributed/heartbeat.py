@@ -39,6 +39,14 @@ class Heartbeat:
         """
         self._record |= {"ratios": ratios, "slow": slow}
 
+    def describe_sites(self, text: str) -> None:
+        """Adds to the following beats which sites are left out or waited for.
+
+        Args:
+            text: ASCII; "" if all take part. A beat contains as much of it as fits.
+        """
+        self._record["sites"] = text
+
     def scale_steps(self, factor: float) -> None:
         """Writes a beat that says that the steps from now on take so many times as long."""
         self._record["step_s"] *= factor
@@ -61,10 +69,13 @@ class Heartbeat:
         record |= {"beats": record["beats"] + 1, "phase": phase}
         if step is not None:
             record["step"] = step
+        content = json.dumps(record)
+        if (excess := len(content) - BEAT_BYTES) > 0 and "sites" in record:
+            content = json.dumps(record | {"sites": record["sites"][:-excess]})
         with contextlib.suppress(OSError):  # training goes on if the beat cannot be written
             file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o600)
             with open(file, "wb") as beats:  # no fsync: after a power cut nobody reads it
-                beats.write(json.dumps(record).ljust(BEAT_BYTES).encode())
+                beats.write(content.ljust(BEAT_BYTES).encode())
 
 
 beat = Heartbeat()  # of this process

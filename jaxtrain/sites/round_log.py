@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from jaxtrain.distributed.broadcast import broadcast_from_process_0
+from jaxtrain.distributed.heartbeat import beat
 from jaxtrain.sites.decisions import LEADER
 from jaxtrain.sites.ledger import Ledger, Round
 from jaxtrain.sites.round import Outcome
@@ -22,7 +23,7 @@ class RoundLog:
         self.replay: dict[tuple[int, int], int] = {}
         self._ledger: Ledger | None = None
         self._metrics: list[dict[str, float]] = []
-        self._absent: set[int] = set()  # sites without a part in the newest round
+        self._absent: dict[str, int] = {}  # site: round since which it has had no part
 
     def open(self, workdir: Path, applied: Sequence[int], note: Callable[[str], None]) -> None:
         """Records rounds in workdir from now on; reads those to replay.
@@ -74,6 +75,12 @@ class RoundLog:
         """Prints which sites a round left out or admitted."""
         for sentence in self._describe_changes(names, round_, lost_s, outcome):
             self.note(sentence)
+        self.show()
+
+    def show(self, waits: str = "") -> None:
+        """Shows in the heartbeat what this process waits for, and which sites are left out."""
+        absent = [f"without {name} since round {r}" for name, r in self._absent.items()]
+        beat.describe_sites("; ".join(filter(None, [waits, *absent])))
 
     def _describe_changes(
         self, names: list[str], round_: int, lost_s: float, outcome: Outcome
@@ -81,15 +88,15 @@ class RoundLog:
         arrived = outcome.arrived
         for site, name in enumerate(names):
             if site in arrived.admitted:
-                self._absent.discard(site)
+                self._absent.pop(name, None)
                 yield (
                     f"site {name} is back: it gets the weights after round {round_} from site "
                     f"{names[LEADER]} and takes part from round {round_ + 1} on"
                 )
             elif site in arrived.participants:
-                self._absent.discard(site)
-            elif site not in self._absent:
-                self._absent.add(site)
+                self._absent.pop(name, None)
+            elif name not in self._absent:
+                self._absent[name] = round_
                 yield (
                     f"site {name}, or one of its processes, has sent no code to site "
                     f"{names[LEADER]} for {lost_s:g} s (--sites.lost_s): training goes on without "

@@ -112,6 +112,7 @@ class Rounds:
                         self._wait_for_news()
                     if not self._return:
                         state, waiting = self._advance(state, step, is_waiting=True)
+                    self.log.show(self._describe_wait(waiting))
                     if (waiting or self._return) and time.monotonic() - reminded_s >= REMIND_S:
                         reminded_s = time.monotonic()
                         missing = [self._describe_missing(f) for f in waiting]
@@ -121,6 +122,7 @@ class Rounds:
                             f"waiting for {reminded_s - started_s:.0f} s after step {step}: "
                             f"{'; '.join(missing)}"
                         )
+            self.log.show()
             self._waited_s += time.monotonic() - started_s
         is_complete = not waiting and not self._return
         if step == self.places.steps != self.finished_step and is_complete:
@@ -250,6 +252,17 @@ class Rounds:
         run = functools.partial(run_round, *args, f, dataclasses.replace(self.outer[f]))
         outcome = self._threads.submit(lambda: run(weights.result()))
         self.outer[f].pending = Pending(weights, outcome)
+
+    def _describe_wait(self, waiting: list[int]) -> str:
+        """Returns what the training waits for in a few words; "" if for no other site."""
+        if self._return:
+            return f"left out, waits for the weights of {self.places.names[LEADER]}"
+        for f in waiting:
+            if sites := self.exchange.missing(f, round_ := self.outer[f].round):
+                return (
+                    f"waits for round {round_} of {', '.join(self.places.names[k] for k in sites)}"
+                )
+        return ""
 
     def _describe_missing(self, f: int) -> str:
         round_ = self.outer[f].round

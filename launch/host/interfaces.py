@@ -1,6 +1,7 @@
 """This host's network interfaces, from libc's getifaddrs, and sockets on their addresses."""
 
 import ctypes
+import functools
 import ipaddress
 import socket
 
@@ -20,13 +21,19 @@ _Ifaddrs._fields_ = [
 ]
 
 
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    # Loading it again makes new classes, whose memory Python frees only after some minutes.
+    return ctypes.CDLL(None, use_errno=True)
+
+
 def addresses() -> dict[str, list[str]]:
     """Returns {interface: its IPs}; an interface without an IP has an empty list.
 
     Raises:
         OSError: libc could not list them.
     """
-    libc, first = ctypes.CDLL(None, use_errno=True), ctypes.POINTER(_Ifaddrs)()
+    libc, first = _libc(), ctypes.POINTER(_Ifaddrs)()
     if libc.getifaddrs(ctypes.byref(first)):
         raise OSError(ctypes.get_errno(), "getifaddrs")
     ips_of: dict[str, list[str]] = {}
@@ -69,3 +76,14 @@ def bind_tcp(address: str, port: int = 0) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def endpoint(address: str, port: int) -> str:
+    """Returns `address:port`, with an IPv6 address in brackets. Source: RFC 3986, 3.2.2."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def free_port(address: str) -> int:
+    """Returns a port of this address on which nothing listens now."""
+    with bind_tcp(address) as probe:
+        return probe.getsockname()[1]

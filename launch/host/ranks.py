@@ -1,7 +1,6 @@
 """Starts the processes of an attempt on this host, logs their output and ends them."""
 
 import collections
-import contextlib
 import json
 import math
 import os
@@ -13,10 +12,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from launch.host import processes, watch
+from launch.host import processes
 from launch.host.exit_codes import CANNOT_START, KILLED
 from launch.host.interfaces import interface_of, interface_variables
 from launch.host.log import LineSplitter, Log, own_lines
+from launch.host.watcher import Watcher
 
 MARGIN_S = 10.0  # a supervisor's longest turn: it may wait for a connection, or for a kill
 TAIL_LINES = 60
@@ -84,6 +84,7 @@ class RankProcess:
             "step_s": beat.get("step_s", 0.0),
             "ratios": beat.get("ratios", {}),
             "slow": beat.get("slow", []),
+            "sites": beat.get("sites", ""),
             "age_s": None if self._beat_at is None else round(now - self._beat_at, 1),
             "lines": [] if self.code in (None, 0) else decisive_lines(self._tail),
         }
@@ -109,7 +110,7 @@ class LocalRanks:
     def __init__(self, job: Mapping[str, Any], folder: Path, log: Log, silent_s: float = 30.0):
         self.job, self.folder, self.log, self._silent_s = job, folder, log, silent_s
         self.attempt, self.ranks = 0, []
-        self._watcher: subprocess.Popen | None = None
+        self._watcher = Watcher(silent_s, lambda text: log.write(own_lines(text)))
         self._sent_signals: set[int] = set()
         self._selector = selectors.DefaultSelector()
 
@@ -121,7 +122,7 @@ class LocalRanks:
         """
         self.attempt, self.ranks, self._sent_signals = attempt, [], set()
         mark = f"{self.job['id']}/{attempt}/{os.getpid()}"
-        self._start_watcher(f"{processes.ATTEMPT_MARK}={mark}")
+        self._watcher.start(f"{processes.ATTEMPT_MARK}={mark}")
         per_host, position = self.job["ranks_per_host"], world["members"].index(self.job["me"])
         for local in range(per_host):
             rank = position * per_host + local
@@ -152,41 +153,13 @@ class LocalRanks:
                 os.set_blocking(process.stdout.fileno(), False)
                 self._selector.register(process.stdout, selectors.EVENT_READ, rank_process)
 
-    def _start_watcher(self, mark: str) -> None:
-        """Starts launch.host.watch, which outlives this process if that is killed."""
-        self._end_watcher()
-        source = watch.__loader__.get_source(watch.__name__)  # from memory, or from a file
-        argv = [sys.executable, "-I", "-S", "-c", source, mark, str(self._silent_s)]
-        null = subprocess.DEVNULL
-        try:
-            self._watcher = subprocess.Popen(
-                argv,
-                stdin=subprocess.PIPE,
-                stdout=null,
-                stderr=null,
-                env={},
-                start_new_session=True,
-            )
-            assert self._watcher.stdin
-            os.set_blocking(self._watcher.stdin.fileno(), False)
-        except OSError as error:
-            self.log.write(own_lines(f"nothing watches this supervisor: {error}"))
-
     def show_life(self) -> None:
         """Shows the watcher that this process runs."""
-        if self._watcher and self._watcher.stdin:
-            with contextlib.suppress(OSError):  # it was killed, or it is stopped and its pipe full
-                os.write(self._watcher.stdin.fileno(), b"\n")
+        self._watcher.show_life()
 
     def all_killed(self) -> bool:
         """Returns whether SIGKILL has ended every process."""
         return bool(self.ranks) and all(rank.code == KILLED for rank in self.ranks)
-
-    def _end_watcher(self) -> None:
-        if self._watcher:
-            self._watcher.kill()  # at the end of its input it would also end, but not if stopped
-            self._watcher.communicate()
-        self._watcher = None
 
     def _device_variables(self, env: Mapping[str, str], local: int) -> dict[str, str]:
         """Returns the variables that choose a process's GPUs.
@@ -269,13 +242,13 @@ class LocalRanks:
 
     def living(self) -> list[int]:
         """Returns this process's living descendants or, without any, those with the job's mark."""
-        watcher = self._watcher.pid if self._watcher else None
-        below = [pid for pid in processes.descendants(os.getpid()) if pid != watcher]
+        below = processes.descendants(os.getpid())
+        below = [pid for pid in below if pid != self._watcher.pid]
         return below or processes.marked(self.job["id"])
 
     def kill(self) -> list[int]:
         """Kills every process of the job; returns those that cannot be killed."""
         left = processes.kill_all(self.living, self._record_exits)
         if not left:
-            self._end_watcher()
+            self._watcher.end()
         return left

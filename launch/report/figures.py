@@ -115,14 +115,16 @@ def _stragglers(run: RunFolder) -> list[tuple[str, str]]:
 
 
 def _site_rounds(run: RunFolder) -> list[tuple[str, str]]:
-    """Returns the row `12, 3 without a site`; [] for a run on one site."""
+    """Returns the row `12, 3 without a site, also the newest`; [] for a run on one site."""
     place = run.config.get("site")
     names = place.get("sites") if isinstance(place, dict) else None
     counts = [value for _, value in run.points("sites/participants")]
     if not isinstance(names, list) or not counts:
         return []
     fewer = sum(value < len(names) for value in counts)
-    return [("rounds of sites", f"{len(counts)}" + (f", {fewer} without a site" if fewer else ""))]
+    text = f", {fewer} without a site" if fewer else ""
+    text += ", also the newest" if counts[-1] < len(names) else ""
+    return [("rounds of sites", f"{len(counts)}{text}")]
 
 
 def spark(values: list[float], width: int = 32) -> str:
