@@ -211,5 +211,7 @@ def resume(jobs: Sequence[Job], as_json: bool, raw: bool = False) -> int:
         new = [create(old.hosts, old.policy, old.ssh_config, code, **record, resumes=old.id)]
         if site:
             replace_in_parent(new[0])
+    for job in jobs:
+        job.change(continued_as=name_of(new))
     note(f"job {name_of(new)} continues {name_of(jobs)}")
     return begin(new, code, as_json, old.policy.lease_s == 0, raw)
