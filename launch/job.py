@@ -173,7 +173,7 @@ def read_jobs(name: str, starting: bool = False) -> list[Job]:
 
 def note_continuation(name: str, jobs: Sequence[Job]) -> None:
     """Prints as which jobs these were continued, if those have begun and have another name."""
-    for later in {job.record.get("continued_as") for job in jobs} - {None}:
+    for later in {later for job in jobs if (later := job.record.get("continued_as"))}:
         with contextlib.suppress(ValueError):  # its record was deleted
             if any(job.record.get("begun") for job in read_jobs(later)):
                 note(f"{name} was continued as {later}, which is a job of its own")
