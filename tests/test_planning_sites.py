@@ -54,6 +54,8 @@ def test_the_plan_has_each_codecs_exact_bytes_and_both_shares_of_the_time(capsys
 def test_the_text_names_the_periods_with_which_unequal_sites_do_not_wait(capsys):
     text = plan(capsys, step_s=["2.0", "0.5"], json=False)
     assert "--steps in the same ratio: site_1 30, site_2 120" in text
+    text_of_fragments = plan(capsys, step_s=["2.0", "0.6"], fragments=4, json=False)
+    assert "--steps in the same ratio: site_1 32, site_2 100" in text_of_fragments
     assert "100 Mbit/s at 80%, round trip 150 ms" in text
     assert "same ratio" not in plan(capsys, json=False)
 

@@ -197,7 +197,8 @@ def describe(
             f"  {site.name}: {chips}a step of {site.step_s:.3g} s, {schedule.period} steps a "
             f"round, {schedule.period * site.step_s:,.0f} s"
         )
-    equal = equal_periods([site.step_s for site in sites], schedule.period)
+    steps_s, fragments = [site.step_s for site in sites], len(schedule.fragments)
+    equal = equal_periods(steps_s, schedule.period, fragments)
     if max(equal) > 1.05 * min(equal):
         pairs = ", ".join(f"{site.name} {n}" for site, n in zip(sites, equal, strict=True))
         lines.append(

@@ -136,9 +136,13 @@ def hiding_bytes_per_s(
     return max(largest / window_s, code_bytes / (schedule.period * step_s))
 
 
-def equal_periods(step_s: Sequence[float], period: int) -> list[int]:
-    """Returns for each site the steps of a round that take as long as `period` of the slowest's."""
-    return [max(1, round(period * max(step_s) / seconds)) for seconds in step_s]
+def equal_periods(step_s: Sequence[float], period: int, fragments: int) -> list[int]:
+    """Returns for each site the steps of a round that take as long as `period` of the slowest's.
+
+    They are multiples of the number of fragments, so that these start at equal shares of a round.
+    """
+    units = [period * max(step_s) / seconds / fragments for seconds in step_s]
+    return [fragments * max(1, round(unit)) for unit in units]
 
 
 def disk_bytes(

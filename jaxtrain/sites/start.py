@@ -156,8 +156,9 @@ def finish(rounds: Rounds, timeout_s: float = FINISH_S, remind_s: float = REMIND
     limit_s = math.inf if rounds.cfg.on_loss == "wait" else timeout_s
     started_s, waited_s = time.monotonic(), 0.0
     while late := compare_ends(*args, min(remind_s, limit_s - waited_s)):
-        beat("sites")
         names, waited_s = ", ".join(late), time.monotonic() - started_s
+        rounds.log.show(f"waits for the end of {names}")  # in the next beat
+        beat("sites")
         if waited_s >= limit_s:
             logging.warning(
                 "the final weights could not be compared with those of %s: nothing came in %g s",
