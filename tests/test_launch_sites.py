@@ -14,7 +14,7 @@ from local_client import LocalClient
 from quick_hosts import quick_hosts
 from run_directories import series, write_run
 
-from launch import pull, run, slo, summary
+from launch import compare, pull, run, slo, summary
 from launch.host.exit_codes import PREEMPTED
 from launch.host.restart_policy import Policy
 from launch.inventory import Host
@@ -211,6 +211,9 @@ def test_reports_show_a_run_per_site_and_check_each(tmp_path, monkeypatch, capsy
         file.write(json.dumps({"step": 60, "sites/participants": 1}) + "\n")
     assert summary.main(["two.east"]) == 0
     assert "4, 2 without a site, also the newest" in capsys.readouterr().out
+    for sides in (["two"], ["two.west", str(tmp_path / "east")]):
+        assert compare.main(sides) == 0
+        assert re.search("A  west: .*\nB  east: .*\n.*the same work", capsys.readouterr().out)
     base = str(tmp_path / "base.json")
     assert slo.main(["record", "two", f"--out={base}"]) == slo.REFUSED
     assert "one site, JOB.SITE" in capsys.readouterr().err
