@@ -17,8 +17,8 @@ from pallas_kernels.flash_attention import flash_attention, flash_attention_refe
 from pallas_kernels.head_scores import head_scores, head_scores_reference
 from pallas_kernels.qk_rope import qk_rope, qk_rope_reference
 from pallas_kernels.symmetric import symmetric, symmetric_reference
-from pallas_kernels.tile_order import MASKED
 from pallas_kernels.tiles import (
+    AmpereAttentionTiles,
     AttentionTiles,
     FlashAttentionTiles,
     MosaicAttentionTiles,
@@ -27,10 +27,18 @@ from pallas_kernels.tiles import (
 )
 
 ON_GPU = jax.default_backend() == "gpu"
+ON_HOPPER = ON_GPU and jax.devices()[0].compute_capability == "9.0"
 BODIES = [
     "triton",
     pytest.param("mosaic", marks=pytest.mark.skipif(not mosaic.USABLE, reason=mosaic.REASON)),
 ]
+AMPERE = pytest.param(
+    "ampere",
+    marks=[
+        pytest.mark.skipif(not mosaic.USABLE, reason=mosaic.REASON),
+        pytest.mark.skipif(ON_HOPPER, reason="these bodies are for sm_80 to sm_89"),
+    ],
+)
 VALUES = (np.nan, np.inf, -np.inf)
 pytestmark = [
     pytest.mark.gpu,
@@ -68,7 +76,7 @@ def strict_attention(q_BTHK, k_BSGK, v_BSGK, docs_BT, docs_BS):
     q, k, v = (x.astype(jnp.float32).swapaxes(1, 2) for x in (q_BTHK, k, v))
     q = jnp.where(visible, q[:, :, :, None], 0.0)
     k, v = (jnp.where(visible, x[:, :, None], 0.0) for x in (k, v))
-    s = jnp.where(visible[..., 0], (q * k).sum(-1) * K**-0.5, MASKED)
+    s = jnp.where(visible[..., 0], (q * k).sum(-1) * K**-0.5, -jnp.inf)
     p = jnp.where(visible[..., 0], jax.nn.softmax(s, -1), 0.0)
     return (p[..., None] * v).sum(-2).swapaxes(1, 2).astype(q_BTHK.dtype)
 
@@ -144,6 +152,28 @@ def test_attention_keeps_what_is_not_finite_and_never_spreads_it_from_masked_pos
         both = x & allowed
         x, want = (np.where(both, np.asarray(y, np.float32), 0) for y in (results[0], results[2]))
         np.testing.assert_allclose(x, want, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("body", [*BODIES, AMPERE])
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_query_that_sees_only_scores_of_minus_infinity_gives_nan(body, documents):
+    """One that sees no key gives zeros: the first, as there are fewer keys than queries."""
+    T, S, K = 40, 32, 64
+    q, k, v = draw((1, T, 1, K), (1, S, 1, K), (1, S, 1, K))
+    k, lost = np.abs(k), [20, T - 1]
+    q[0, lost, 0, 5] = -np.inf
+    docs = np.zeros((1, S), np.int32)
+    docs[:, 16:] = 1
+    given = (np.pad(docs, ((0, 0), (T - S, 0))), docs) if documents else (None, None)
+    blocks = ATTENTION_BLOCKS["triton" if body == "ampere" else body]
+    if body == "ampere":
+        blocks = blocks._replace(forward=AmpereAttentionTiles(64, 32, 3))
+    attend = lambda q, k, v: flash_attention(q, k, v, *given, blocks, not ON_GPU)
+    want = flash_attention_reference(q, k, v, *given)
+    for o in (attend(q, k, v), want):
+        assert np.isnan(o[0, lost]).all()
+        others = np.delete(np.asarray(o[0], np.float32), lost, 0)
+        assert np.isfinite(others).all() and not others[: T - S].any()
 
 
 PRODUCT_TILES: dict[str, Any] = {

@@ -221,6 +221,21 @@ def test_reports_show_a_run_per_site_and_check_each(tmp_path, monkeypatch, capsy
     assert out.count("against") == 2 and out.index("all bounds are met") < out.index("BREACH")
 
 
+def test_a_site_whose_run_cannot_be_read_does_not_hide_another(tmp_path, monkeypatch, capsys):
+    record_runs(tmp_path, monkeypatch)
+    shutil.rmtree(tmp_path / "west")
+    for options in ((), ("--follow", "--every=0.01")):
+        if options:  # the job has ended without a run: nothing is left to wait for
+            monkeypatch.setattr(summary, "is_over", lambda source: True)
+        assert summary.main(["two", *options]) == 1
+        out, err = capsys.readouterr()
+        assert "east: loss" in out and "west" not in out and "two.west" in err
+    shutil.rmtree(tmp_path / "east")
+    shutil.rmtree(tmp_path / "jobs" / "two.east" / "run")
+    assert summary.main(["two"]) == 1 and not capsys.readouterr().out
+    assert summary.main([str(tmp_path / "east"), "two"]) == 1
+
+
 def test_a_site_that_is_not_comparable_does_not_keep_another_from_being_checked(
     tmp_path, monkeypatch, capsys
 ):
