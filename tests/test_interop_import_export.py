@@ -193,6 +193,8 @@ def broken(exported, tmp_path_factory):
     """A folder of inputs that every command must refuse."""
     root = tmp_path_factory.mktemp("broken")
     (root / "empty").mkdir()
+    (root / "killed").mkdir()
+    (root / "killed" / ".job").touch()  # left by a job that was killed as it started
     (root / "file").write_text("text")
     shutil.copytree(exported[1], root / "cut")
     whole = (root / "cut/model.safetensors").read_bytes()
@@ -211,6 +213,7 @@ def broken(exported, tmp_path_factory):
         ("import --from={}/none --run={}/x", "--from must be .*; .*/none does not exist"),
         ("import --from={}/nan --run={}/x", "model.norm.weight has 1 NaN and 0 infinite of 32"),
         ("import --from={}/torch.bin --run={}/x --tokenizer=bytes", "torch.save wrote it: set"),
+        ("import --from={}/torch.bin --run={}/killed --tokenizer=bytes", "torch.save wrote it"),
         ("import --from={}/empty --run={}/x", "must contain config.json; got none in .*/empty"),
         ("import --from={}/file --run={}/x --tokenizer=bytes", "llm.c model must start with"),
         (

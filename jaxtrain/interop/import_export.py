@@ -34,7 +34,7 @@ from jaxtrain.interop.vocabulary import choose_rows, cut_vocabulary
 from jaxtrain.model.trees import named_leaves
 from jaxtrain.optim.acceleration import eval_params
 from jaxtrain.run_directory.contents import read_config_json
-from jaxtrain.run_directory.lock import LOCK_FILE, RunLock
+from jaxtrain.run_directory.lock import JOB_FILE, LOCK_FILE, RunLock
 from jaxtrain.training.resume import start_state
 from jaxtrain.training.run import Run, build_run, restore_run
 from jaxtrain.training.startup import build_config_json
@@ -64,7 +64,8 @@ def import_weights(
             "--from must be a folder of Hugging Face or nanochat, or an llm.c file; "
             f"{folder} does not exist."
         )
-    if out.exists() and (not out.is_dir() or any(path.name != LOCK_FILE for path in out.iterdir())):
+    locks = {LOCK_FILE, JOB_FILE}  # a killed start leaves them
+    if out.exists() and (not out.is_dir() or any(path.name not in locks for path in out.iterdir())):
         reason = "is not empty" if out.is_dir() else "is a file"
         raise InteropError(f"an import must go to a new folder; {out} {reason}. Set --run.")
     model = read_config(folder)
