@@ -8,12 +8,20 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import runs
 from jaxtrain.run_directory import lock as run_lock
-from jaxtrain.run_directory.liveness import locks_this_host_only, pid_start, read_owner
+from jaxtrain.run_directory.liveness import (
+    describe_this_process,
+    find_owner,
+    is_owner_alive,
+    locks_this_host_only,
+    pid_start,
+    read_owner,
+)
 from jaxtrain.run_directory.lock import RunLocked
 
 RunLock = functools.partial(run_lock.RunLock, wait_s=0.1)
@@ -196,6 +204,20 @@ def test_the_owner_of_a_folder_is_not_the_owner_of_its_copy(tmp_path):
         shutil.copytree(tmp_path / "run", tmp_path / "copy")
         with RunLock(tmp_path / "copy", flock=no_locks):
             pass
+
+
+def test_processes_that_look_for_an_owner_do_not_take_each_other_for_it(tmp_path):
+    path = tmp_path / ".lock"
+    stale = describe_this_process(None, 0) | {"pid": 1, "pid_start": "another process"}
+    path.write_text(json.dumps(stale))
+    with ThreadPoolExecutor(8) as pool:  # flock excludes threads that have opened the file, too
+        assert list(pool.map(find_owner, [path] * 400)) == [{}] * 400
+    with RunLock(tmp_path):
+        assert find_owner(path) == read_owner(path) != {}
+
+
+def test_an_owner_that_removes_its_file_as_it_is_read_is_not_alive(tmp_path):
+    assert not is_owner_alive(tmp_path / ".lock", None, stale_s=0.0)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}', "\0\xff"])

@@ -3,9 +3,11 @@
 The lock file is JSON, written by `describe_this_process`.
 """
 
+import contextlib
 import fcntl
 import json
 import os
+import random
 import shlex
 import socket
 import sys
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 JOB_VARIABLE = "JAXTRAIN_JOB"  # the job of this process; set by launch/host/ranks.py
+TRIES = 20  # of find_owner, until it takes a lock for an owner's and not another caller's
+PAUSES = random.SystemRandom()  # a run may have seeded Python's own generator equally on all hosts
 # Types of file systems whose flock, by default, works only between the processes of one host.
 THIS_HOST_ONLY = ("9p", "fuse", "virtiofs", "vboxsf", "drvfs")
 # Mount options that limit flock to one host.
@@ -53,24 +57,28 @@ def read_owner(path: str | Path) -> dict[str, Any]:
 def find_owner(path: str | Path) -> dict[str, Any]:
     """Returns the content of a lock file whose owner is alive; {} if nobody has the lock.
 
-    It does not wait, so it misses an owner on another host if the file system does not lock
-    between hosts. Starting a run there notices it.
+    It locks the file for a moment, and so do other callers. An owner keeps the lock, so this tries
+    again for at most 0.4 s before it reports one. An owner on another host is missed if the file
+    system does not lock between hosts. Starting a run there notices it.
     """
-    try:
-        # NFS gives an exclusive lock only to who may write.
-        file = os.open(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
-    except OSError:
-        return {}
-    try:
-        # Exclusive, because several processes of a run, or hosts of a job, may share the lock.
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return read_owner(path)
-    except OSError:  # this file system has no flock
-        pass
-    finally:
-        os.close(file)
-    return read_owner(path) if is_owner_alive(path, None, stale_s=0.0) else {}
+    for _ in range(TRIES):
+        try:
+            # NFS gives an exclusive lock only to who may write.
+            file = os.open(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
+        except OSError:
+            return {}
+        try:
+            # Exclusive, because several processes of a run, or hosts of a job, may share the lock.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(PAUSES.uniform(0.005, 0.02))
+            continue
+        except OSError:  # this file system has no flock
+            pass
+        finally:
+            os.close(file)
+        return read_owner(path) if is_owner_alive(path, None, stale_s=0.0) else {}
+    return read_owner(path)
 
 
 def is_owner_alive(path: str | Path, run_id: str | None, stale_s: float) -> bool:
@@ -80,19 +88,28 @@ def is_owner_alive(path: str | Path, run_id: str | None, stale_s: float) -> bool
     waits at most stale_s for the owner to touch the file. It compares the file's time with its
     earlier time and not with a clock, because the clocks of hosts differ by any amount.
     """
-    owner, before = read_owner(path), os.stat(path)
-    if not owner:
-        return False
-    if owner.get("inode") != before.st_ino or (run_id and owner.get("run") == run_id):
-        return False
-    if owner.get("boot") == boot_id() != "":
-        return owner["pid"] != os.getpid() and pid_start(owner["pid"]) == owner.get("pid_start")
-    deadline = time.monotonic() + stale_s
-    while time.monotonic() < deadline:
-        time.sleep(stale_s / 60)
-        if os.stat(path).st_mtime_ns != before.st_mtime_ns:
-            return True
+    with contextlib.suppress(FileNotFoundError):  # an owner that ends removes the file
+        owner, before = read_owner(path), os.stat(path)
+        if not owner:
+            return False
+        if owner.get("inode") != before.st_ino or (run_id and owner.get("run") == run_id):
+            return False
+        if owner.get("boot") == boot_id() != "":
+            return owner["pid"] != os.getpid() and pid_start(owner["pid"]) == owner.get("pid_start")
+        deadline = time.monotonic() + stale_s
+        while time.monotonic() < deadline:
+            time.sleep(stale_s / 60)
+            if os.stat(path).st_mtime_ns != before.st_mtime_ns:
+                return True
     return False
+
+
+def is_same_file(descriptor: int, path: Path) -> bool:
+    """Returns whether an open file is the one that the path names now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def boot_id() -> str:

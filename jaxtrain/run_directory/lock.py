@@ -46,6 +46,7 @@ from jaxtrain.run_directory.liveness import (
     describe_this_process,
     find_owner,
     is_owner_alive,
+    is_same_file,
     locks_this_host_only,
     read_owner,
 )
@@ -151,9 +152,11 @@ class RunLock:
         return [self._gap] if self._gap else []
 
     def _refuse_other_job(self) -> None:
-        path = self.workdir / JOB_FILE
+        path, own_job = self.workdir / JOB_FILE, os.environ.get(JOB_VARIABLE)
+        if read_owner(path).get("job") == own_job:  # find_owner would try for 0.4 s to lock it
+            return
         owner = find_owner(path)
-        if owner and owner.get("job") != os.environ.get(JOB_VARIABLE):
+        if owner and owner.get("job") != own_job:
             raise RunLocked(self._describe_refusal(path, owner))
 
     def _acquire(self) -> None:
@@ -222,7 +225,8 @@ class RunLock:
                 if os.pwrite(file, text, 0) < len(text):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError:
-                self.path.unlink()
+                if is_same_file(file, self.path):
+                    self.path.unlink()
                 raise
 
     def _touch_regularly(self) -> None:
@@ -272,17 +276,14 @@ class RunLock:
             f"Wait until it ends, stop it with {stop} (it saves first), or "
             f"set another {self._flag}."
         )
+        if path.name == JOB_FILE:
+            return (
+                f"{text} If nothing of it runs there, another of its hosts may have the lock; if "
+                f"that host is down, remove {path} and start again."
+            )
         if is_here:
             return text
         return f"{text} If that host has died, remove {path} and start again."
-
-
-def is_same_file(descriptor: int, path: Path) -> bool:
-    """Returns whether an open file is the one that the path names now."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 _LOCKED: set[int] = set()  # descriptors that this process has locked

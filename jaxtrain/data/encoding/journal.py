@@ -14,7 +14,8 @@ from pathlib import Path
 
 from jaxtrain.data.encoding.formats import printable_path
 from jaxtrain.files import write_atomic
-from jaxtrain.run_directory.lock import NO_FLOCK, is_same_file
+from jaxtrain.run_directory.liveness import is_same_file
+from jaxtrain.run_directory.lock import NO_FLOCK
 
 VERSION = 1  # of the journal, and of the order in which the input is read
 LOCK, STATE, PROGRESS = ".encoding.lock", ".encoding-", "progress.json"
