@@ -205,5 +205,8 @@ def judge_directories(summaries: Mapping[Host, Any]) -> list[Finding]:
             remedy = f"`python -m launch.run stop {job}`" if job else f"`kill {pid}` there"
             problem = f"{run} since {owner['start']}) writes to it: stop it with {remedy}, or set "
             problem += "another --workdir"
+            if job:
+                problem += "; if nothing of it runs there, another of its hosts may have the lock: "
+                problem += f"if that host is down, remove .job from {summary['workdir']}"
         findings.append(Finding(host.name, "run directory", summary["workdir"], problem))
     return findings

@@ -7,7 +7,9 @@ file, because the trainer reads it, too: for preflight, and before it locks the 
 
 The lock is flock(2). It lasts as long as the supervisor's keeper or worker lives, and ends with
 them even by kill -9. Hosts that share the directory share the lock by the job's id. Without flock,
-only an owner on this host is seen, by its pid.
+or if it locks for one host only, a job's host cannot find out whether another job runs on another
+host. A file that names such a job stays as it is, and this job runs there without a claim, which
+its log says.
 """
 
 import contextlib
@@ -23,10 +25,12 @@ from typing import Any
 
 from launch.host import processes
 from launch.host.facts import with_timeout
+from launch.host.file_system import locks_this_host_only
 from launch.host.run_files import WORKDIR, run_directory
 
 JOB_FILE = ".job"
 WAIT_S = 2.0  # for an owner that is ending, or about to share the lock with its job's other hosts
+GAP = "between attempts, jobs on other hosts can write there, too"
 NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
 
@@ -39,7 +43,7 @@ class Claim:
 
     Raises:
         RuntimeError: another job has claimed the directory and is alive.
-        OSError: the file cannot be created or written.
+        OSError: the file cannot be created or written, or names a job that may be running.
     """
 
     def __init__(
@@ -49,14 +53,18 @@ class Claim:
         flock: Callable[[int, int], Any] = fcntl.flock,
         wait_s: float = WAIT_S,
     ):
-        self.path, self.gap, self._job, self._flock = folder / JOB_FILE, "", job, flock
+        self.path, self._job, self._flock = folder / JOB_FILE, job, flock
         self._is_author = False  # of the file's content
+        self._has_flock = True
+        self._in_doubt = False  # whether the job that the file names is running
         self._created_folder = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
+        kind = locks_this_host_only(folder)
+        self.gap = f"{kind} does not lock {self.path} for other hosts: {GAP}" if kind else ""
         deadline = time.monotonic() + wait_s
         while not self._try_to_acquire():
             if time.monotonic() > deadline:
-                raise RuntimeError(self._describe_refusal())
+                raise self._refusal()
             time.sleep(0.05)
 
     def _try_to_acquire(self) -> bool:
@@ -78,27 +86,31 @@ class Claim:
         except OSError as error:
             if error.errno not in NO_FLOCK:
                 raise
-            self.gap = (
-                f"{self.path} cannot be locked ({error.strerror}): between attempts, jobs on "
-            )
-            self.gap += "other hosts are not kept from writing there"
-            owner = read_owner(self.path)
-            if owner and owner["job"] != self._job and _is_alive_here(owner):
+            self._has_flock = False
+            self.gap = f"{self.path} cannot be locked ({error.strerror}): {GAP}"
+        if self.gap and (owner := read_owner(self.path)) and owner["job"] != self._job:
+            alive = _is_alive(owner)
+            self._in_doubt = alive is None
+            if alive is not False:
                 return False
         try:
             self._write()
         except OSError:
-            self.path.unlink()  # a lock that names nobody would keep out this job's other hosts
+            if self._is_at_path():
+                self.path.unlink()  # a lock that names nobody would keep out this job's other hosts
             raise
-        if not self.gap:
+        if self._has_flock:
             # Admits this job's other hosts. Another job may get in between the two locks; then the
             # file no longer names this one.
             self._flock(self.file, fcntl.LOCK_SH)
         return True
 
     def _share(self) -> bool:
-        """Shares the lock if this job has it, on another host or by a worker without a keeper."""
-        owner = read_owner(self.path)
+        """Shares the lock if this job has it.
+
+        That is on another host, or in a worker whose keeper was killed and that is about to end.
+        """
+        owner, self._in_doubt = read_owner(self.path), False
         if owner.get("job") != self._job:
             return False
         try:
@@ -110,14 +122,14 @@ class Claim:
 
     def sign(self) -> None:
         """Names this process in the file, if its content is of this host."""
-        if self._is_author:
-            with contextlib.suppress(OSError):  # the file names the job all the same
+        with contextlib.suppress(OSError):  # the file names the job all the same
+            if self._is_author and self._is_own():
                 self._write()
 
     def release(self) -> None:
         """Removes the file, unless another host of this job still has it locked."""
         with contextlib.suppress(OSError):
-            if not self.gap:
+            if self._has_flock:
                 self._flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if self._is_own():
                 self.path.unlink()
@@ -145,20 +157,28 @@ class Claim:
 
     def _is_own(self) -> bool:
         """Returns whether the file at the path is the locked one, and names this job."""
+        return self._is_at_path() and read_owner(self.path).get("job") == self._job
+
+    def _is_at_path(self) -> bool:
         try:
-            is_same = os.path.samestat(os.fstat(self.file), os.stat(self.path))
+            return os.path.samestat(os.fstat(self.file), os.stat(self.path))
         except FileNotFoundError:
             return False
-        return is_same and read_owner(self.path).get("job") == self._job
 
-    def _describe_refusal(self) -> str:
+    def _refusal(self) -> OSError | RuntimeError:
         folder, owner = self.path.parent, read_owner(self.path)
         if not owner:
             problem = f"a process that {self.path} does not name has locked it. End it"
-            return f"{problem}, or set another {WORKDIR}"
-        who = f"job {owner['job']} (pid {owner['pid']} on {owner['host']}) is running"
-        stop = f"`python -m launch.run stop {owner['job']}`"
-        return f"{who} and writes to {folder}. Stop it with {stop}, or set another {WORKDIR}"
+            return RuntimeError(f"{problem}, or set another {WORKDIR}")
+        who = f"job {owner['job']} (pid {owner['pid']} on {owner['host']})"
+        if self._in_doubt:
+            problem = f"{self.path} names {who}, which may be running"
+            return OSError(f"{problem} (remove the file if it is not)")
+        return RuntimeError(
+            f"{who} is running and writes to {folder}. Stop it with `python -m launch.run stop "
+            f"{owner['job']}`, or set another {WORKDIR}. If nothing of it runs there, another of "
+            f"its hosts may have the lock; if that host is down, remove {self.path} and start again"
+        )
 
 
 def claim_run_directory(spec: dict[str, Any]) -> Claim | None:
@@ -178,7 +198,7 @@ def claim_run_directory(spec: dict[str, Any]) -> Claim | None:
     except TimeoutError as error:
         raise RuntimeError(f"{workdir}: {error}. Look at its file system on this host") from None
     except OSError as error:
-        spec["unclaimed"] = f"{error}: between attempts no other job is kept from writing there"
+        spec["unclaimed"] = f"{error}: between attempts, other jobs can write there, too"
         return None
     spec["unclaimed"] = claim.gap
     return claim
@@ -199,6 +219,14 @@ def _boot() -> str:
     return f"{processes.boot_id()} {os.readlink('/proc/self/ns/pid')}"
 
 
-def _is_alive_here(owner: dict[str, Any]) -> bool:
-    stat = processes.read_stat(owner["pid"]) if owner["boot"] == _boot() else None
-    return stat is not None and str(stat.started) == owner["pid_start"] and stat.state not in "ZX"
+def _is_alive(owner: dict[str, Any]) -> bool | None:
+    """Returns whether an owner is alive; None if that cannot be found out on this host."""
+    boot = _boot()
+    if owner["boot"] == boot:
+        stat = processes.read_stat(owner["pid"])
+        return (
+            stat is not None and str(stat.started) == owner["pid_start"] and stat.state not in "ZX"
+        )
+    # Containers of a host can have the same boot and name, but other pids.
+    was_rebooted = owner["boot"].split()[:1] != boot.split()[:1]
+    return False if was_rebooted and owner["host"] == socket.gethostname() else None
