@@ -7,7 +7,7 @@ and 16 blocks of each, so it takes seconds. A difference outside these blocks is
 Training notices it at its start, because its own fingerprint covers every byte.
 
 It also prints the run directory of the config and, if another run or job writes to it, the content
-of the file that this one has locked there: {"workdir", "owner"}.
+of that run's or job's lock file: {"workdir", "owner"}.
 """
 
 import hashlib

@@ -111,7 +111,7 @@ class Channel:
         return struct.unpack_from("I", info, 56)[0] / 1e3  # tcpi_last_ack_recv, ms
 
     def probe(self) -> None:
-        """Makes the kernel ask the other side's, every PROBE_S, to acknowledge that it is up."""
+        """Turns on TCP keepalive, so that acknowledged_s stays current without traffic."""
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         values = {"TCP_KEEPIDLE": PROBE_S, "TCP_KEEPINTVL": PROBE_S, "TCP_KEEPCNT": PROBES}
         for name, value in values.items():
