@@ -4,10 +4,11 @@
     python -m launch.compare runs/a40 runs/h100 --ceilings a40.json h100.json
     python -m launch.compare --external docs/track3_record44.toml   # published figures
 
-A side is a run directory, a folder of run directories (repetitions), or a [[side]] of a TOML file
-of published figures. The comparison is refused (exit status 1) unless config, data and tokens per
-step are equal and the losses agree within their noise. A ratio above 1 means that A is faster.
---ceilings takes the results of `python -m pallas_kernels.bench --out=FILE` on A's and B's device.
+A side is a run directory, a folder of run directories (repetitions), the run of a job, or a
+[[side]] of a TOML file of published figures. A job at two sites gives both sides. The comparison is
+refused (exit status 1) unless config, data and tokens per step are equal and the losses agree
+within their noise. A ratio above 1 means that A is faster. --ceilings takes the results of
+`python -m pallas_kernels.bench --out=FILE` on A's and B's device.
 """
 
 import argparse
@@ -16,11 +17,13 @@ import sys
 from collections.abc import Sequence
 
 from launch.arguments import Parser, bounded
+from launch.pull import fetch, find_sources
 from launch.report.comparable import differences, match_losses
 from launch.report.formats import digits
 from launch.report.ratios import NORMALISERS, SPEEDS, normalise, ratios, speeds
 from launch.report.sides import Side, read_external, read_side, with_ceilings
 from launch.report.stats import RESAMPLES, SEED, block_length
+from launch.ssh import HostError
 from launch.terminal import show, warn
 
 MARGIN = 0.05
@@ -136,7 +139,7 @@ def parse(argv: Sequence[str] | None, prog: str = "python -m launch.compare") ->
     """Parses the command line; exits with status 2 if it is wrong."""
     parser = Parser(prog, (__doc__ or "").replace("python -m launch.compare", prog))
     parser.add_argument(
-        "sides", nargs="*", metavar="DIR", help="A and B, unless --external names them"
+        "sides", nargs="*", metavar="DIR|JOB", help="A and B, unless --external names them"
     )
     parser.add_argument(
         "--external", metavar="FILE", help="a TOML file with one or two sides of published figures"
@@ -183,13 +186,15 @@ def read_sides(args: argparse.Namespace) -> list[Side]:
 
     Raises:
         ValueError: a side cannot be read, or there are not two.
+        HostError: a job's first host does not answer.
     """
     may_differ = [name for name in args.may_differ.split(",") if name]
-    sides = [read_side(path, may_differ) for path in args.sides]
+    sources = [source for name in args.sides for source in find_sources(name)]
+    sides = [read_side(fetch(source), may_differ) for source in sources]
     sides += read_external(args.external) if args.external else []
     if len(sides) != 2:
         raise ValueError(
-            f"two sides must be given; got {len(sides)}. Name two DIRs, or --external."
+            f"two sides must be given; got {len(sides)}. Name two DIRs or jobs, or --external."
         )
     if args.ceilings:
         sides = [with_ceilings(*pair) for pair in zip(sides, args.ceilings, strict=True)]
@@ -201,7 +206,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.compar
     try:
         a, b = read_sides(args)
         found = compare(a, b, args.margin, args.by, args.resamples, args.seed)
-    except ValueError as error:
+    except (ValueError, HostError) as error:
         warn(f"error: {error}")
         return 1
     show(json.dumps(found, indent=1) if args.json else report(found))

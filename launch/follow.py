@@ -3,6 +3,7 @@
 import collections
 import json
 import queue
+import shlex
 import time
 from typing import Any
 
@@ -139,7 +140,8 @@ class JobMonitor:
         if self.followers[0].ended:
             raise HostError(
                 f"no host knows how job {self.job.id} ended: they no longer have its files. "
-                f"The part of its log that was copied is in {self.job.folder}."
+                f"`cat -v {shlex.quote(str(self.job.folder))}/*.log` shows what was copied of its "
+                "log, which can contain control characters."
             )
         return None
 

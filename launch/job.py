@@ -171,6 +171,14 @@ def read_jobs(name: str, starting: bool = False) -> list[Job]:
     return jobs
 
 
+def note_continuation(name: str, jobs: Sequence[Job]) -> None:
+    """Prints as which jobs these were continued, if those have begun and have another name."""
+    for later in {later for job in jobs if (later := job.record.get("continued_as"))}:
+        with contextlib.suppress(ValueError):  # its record was deleted
+            if any(job.record.get("begun") for job in read_jobs(later)):
+                note(f"{name} was continued as {later}, which is a job of its own")
+
+
 def _current(job_id: str, name: str, starting: bool) -> list[Job]:
     """Returns the job that `name` leads to; if `starting`, after the newer ones.
 

@@ -149,14 +149,15 @@ def measure_collectives(args: argparse.Namespace) -> list[dict[str, Any]]:
     flags = [f"--mib={args.mib}", f"--cases={args.cases}", f"--interface={hosts[0].interface}"]
     options = [f"--hosts={args.hosts}", f"--ssh_config={args.ssh_config}", "--restarts=0"]
     [job], code = run.start(*run.parse([*options, "--module=launch.collectives", "--", *flags]))
-    log = job.log(job.hosts[0])
+    logs = f"`python -m launch.run logs {job.id}`"  # it escapes what a host printed
     if code:
-        raise HostError(f"the collectives ended with {code}: see {log}.")
-    rows = read_rows(log.read_text(errors="replace"))
+        raise HostError(f"the collectives ended with {code}. {logs} shows why.")
+    rows = read_rows(job.log(job.hosts[0]).read_text(errors="replace"))
     wanted = len(args.cases.split(",")) if args.cases else len(SHARE) * len(args.mib.split(","))
     if len(rows) != wanted:
         raise HostError(
-            f"{log} must have a valid line for each of {wanted} collectives; it has {len(rows)}."
+            f"the first host's log must have a valid line for each of {wanted} collectives; it has "
+            f"{len(rows)}. {logs} shows what it has."
         )
     return rows
 

@@ -36,7 +36,7 @@ from launch.host.exit_codes import INTERRUPTED, STOPPED
 from launch.host.restart_policy import Policy
 from launch.host.webhook import VARIABLE, parse_address
 from launch.inventory import read_inventory
-from launch.job import PYTHON, TRAINER, Job, read_jobs
+from launch.job import PYTHON, TRAINER, Job, note_continuation, read_jobs
 from launch.operate import follow, list_jobs, status
 from launch.prepare import read_constraints, read_env
 from launch.sites import read_sites, split_flags
@@ -183,6 +183,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m launch.run") -> i
         if args.job is None:
             return list_jobs()
         jobs = read_jobs(args.job, starting=args.verb == "stop")
+        note_continuation(args.job, jobs)
         verbs = {
             "attach": lambda: follow(jobs, args.json, raw=args.raw),
             "logs": lambda: follow(jobs, args.json, read_only=True, raw=args.raw),

@@ -18,7 +18,8 @@ from launch.stop import ask_to_stop, connect, uninterrupted
 from launch.sync_code import Code, read_code, send_code
 from launch.terminal import note
 
-RESUMED = ("env", "env_build", "env_extras", "shared")  # of the old record; so is `argv`
+RESUMED = ("env", "env_build", "env_extras", "shared")  # of the old record; so is what follows
+NEEDED = (*RESUMED, "argv", "ranks_per_host", "tree")
 
 
 def create(
@@ -184,9 +185,16 @@ def resume(jobs: Sequence[Job], as_json: bool, raw: bool = False) -> int:
     One site's job continues among those of the other sites, with their key and addresses.
 
     Raises:
+        ValueError: an old job was recorded by an earlier version.
         HostError: processes of an old job are alive, or a host does not answer.
     """
     for job in jobs:
+        if missing := [name for name in NEEDED if name not in job.record]:
+            raise ValueError(
+                f"job {job.id} must have a record of this version to be resumed; it lacks "
+                f"{', '.join(missing)}. Start a new job with the same --config.workdir: it "
+                "continues from the checkpoint."
+            )
         refuse_while_alive(job)
     old = jobs[0]
     code = read_code(old.record["tree"])
@@ -203,5 +211,7 @@ def resume(jobs: Sequence[Job], as_json: bool, raw: bool = False) -> int:
         new = [create(old.hosts, old.policy, old.ssh_config, code, **record, resumes=old.id)]
         if site:
             replace_in_parent(new[0])
+    for job in jobs:
+        job.change(continued_as=name_of(new))
     note(f"job {name_of(new)} continues {name_of(jobs)}")
     return begin(new, code, as_json, old.policy.lease_s == 0, raw)

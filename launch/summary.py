@@ -7,7 +7,8 @@
 
 The page is one file without scripts or external resources, and is readable on a phone. A job's run
 directory is the one that the trainer named at its start; its files are copied into the job's local
-folder. A job at several sites has a column for each. Branches and averages of a run in the same
+folder. A job at several sites has a column for each; if one cannot be read, the others are shown
+and the exit status is 1. Branches and averages of a run in the same
 folder as the run are drawn as a tree. The gradient noise that a run has measured with
 --diagnose_every proposes its next data.batch_schedule.
 """
@@ -101,12 +102,38 @@ def parse(argv: Sequence[str] | None, prog: str = "python -m launch.summary") ->
     return parser.parse_intermixed_args(argv)
 
 
-def summarise(args: argparse.Namespace, sources: Sequence[Source], live: bool) -> bool:
-    """Reads the runs, prints the table, writes the page; returns whether all runs have ended."""
-    runs = [read_run(fetch(source)) for source in sources]
+def read_runs(sources: Sequence[Source]) -> tuple[list[RunFolder | None], list[Exception]]:
+    """Returns the runs, None for that of a job that cannot be read now, and why those cannot.
+
+    Raises:
+        NoRun, HostError: no run can be read.
+        ValueError: a folder has no run, or a file is damaged.
+    """
+    runs, errors = [], []
+    for source in sources:
+        try:
+            runs.append(read_run(fetch(source)))
+        except (NoRun, HostError) as error:  # the other sites are shown all the same
+            if not isinstance(source, RunCopy):
+                raise
+            runs.append(None)
+            errors.append(error)
+    if not any(runs):
+        raise errors[0]
+    return runs, errors
+
+
+def summarise(args: argparse.Namespace, sources: Sequence[Source], live: bool) -> tuple[bool, bool]:
+    """Reads the runs, prints the table, writes the page.
+
+    Returns:
+        whether all runs have ended, and whether all could be read.
+    """
+    found, errors = read_runs(sources)
+    runs = [run for run in found if run]
     ended = all(
-        run.state.startswith(DONE) or is_over(source)
-        for run, source in zip(runs, sources, strict=True)
+        (run is not None and run.state.startswith(DONE)) or is_over(source)
+        for run, source in zip(found, sources, strict=True)
     )
     out = args.out or runs[0].folder / "summary.html"
     try:
@@ -115,11 +142,13 @@ def summarise(args: argparse.Namespace, sources: Sequence[Source], live: bool) -
         raise ValueError(f"the page must be writable; got {error}. Set --out.") from None
     if args.json:
         show("\n".join(json.dumps(as_json(run)) for run in runs))
-        return ended
-    if live and sys.stdout.isatty():
-        sys.stdout.write("\033[H\033[J")  # clears the screen
-    show(f"{table(runs)}\npage {out}")
-    return ended
+    else:
+        if live and sys.stdout.isatty():
+            sys.stdout.write("\033[H\033[J")  # clears the screen
+        show(f"{table(runs)}\npage {out}")
+    for error in errors:  # at the end, where clearing the screen leaves them
+        warn(f"error: {error}")
+    return ended, not errors
 
 
 def is_over(source: Source) -> bool:
@@ -127,13 +156,18 @@ def is_over(source: Source) -> bool:
     return isinstance(source, RunCopy) and source.job_ended
 
 
-def follow(args: argparse.Namespace, sources: Sequence[Source]) -> None:
-    """Summarises until all runs have ended; waits for jobs to start and for hosts to answer."""
+def follow(args: argparse.Namespace, sources: Sequence[Source]) -> bool:
+    """Summarises until all runs have ended; waits for jobs to start and for hosts to answer.
+
+    Returns:
+        whether all runs could be read at the end.
+    """
     jobs = any(isinstance(source, RunCopy) for source in sources)
     while True:
         try:
-            if summarise(args, sources, True):
-                return
+            ended, complete = summarise(args, sources, True)
+            if ended:
+                return complete
         except (NoRun, HostError) as error:
             if not jobs or all(is_over(source) for source in sources):
                 raise
@@ -145,16 +179,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.summar
     args = parse(argv, prog)
     try:
         sources = [s for name in args.runs for s in find_sources(name, args.workdir)]
-        if args.follow:
-            follow(args, sources)
-        else:
-            summarise(args, sources, False)
+        complete = follow(args, sources) if args.follow else summarise(args, sources, False)[1]
     except (ValueError, HostError) as error:
         warn(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
-    return 0
+    return 0 if complete else 1
 
 
 if __name__ == "__main__":

@@ -15,6 +15,25 @@ def exponent_scale(K: int) -> float:
     return math.log2(math.e) * K**-0.5
 
 
+def sees_itself(
+    batch_size: int, T: int, S: int, docs: Sequence[jax.Array]
+) -> tuple[jax.Array, ...]:
+    """Returns (where a query sees the key at its own position, [B,T], int32,), or () if all do.
+
+    A query whose sum of exponentials is 0 sees no key, or only scores of -inf, whose softmax is
+    nan. This tells them apart.
+
+    Args:
+        docs: (docs_BT, docs_BS) or ().
+    """
+    sees_BT = jnp.broadcast_to(jnp.arange(T) >= T - S, (batch_size, T))
+    if docs:
+        docs_BT, docs_BS = docs
+        own_BT = jnp.pad(docs_BS[:, max(S - T, 0) :], ((0, 0), (max(T - S, 0), 0)))
+        sees_BT &= docs_BT == own_BT
+    return (sees_BT.astype(jnp.int32),) if docs or S < T else ()
+
+
 def visible_pairs(
     batch: Any,
     rows: jax.Array,

@@ -23,10 +23,11 @@ products at these cycles. "shared" is shared memory and the L1 cache: loads, sto
 copies; "operands" is the same memory, read by Hopper's products; "issue" has a slot for each
 instruction. Bank conflicts do not count. machine_rates.py has the rates with their sources.
 
-The arithmetic a score of attention's bodies for Triton and for Ampere is the instructions of FMA,
-ALU and MUFU, divided by a thread's scores of a block. It leaves out the multiplications that
-rescale the forward's sum, one for each element of the result, since their number depends only on
-the tiles. The forward has a loop without masks and one with masks.
+The arithmetic a score of attention's kernels is the instructions of FMA, ALU and MUFU, divided by a
+thread's scores of a block; of Hopper's warp groups, the one that only copies does not count. It
+leaves out the multiplications that rescale the forward's sum, one for each element of the result,
+since their number depends only on the tiles. The forward has a loop without masks and one with
+masks.
 
 The exit status is 1 if a kernel
   - spills, or needs more shared memory than a block has;
@@ -34,7 +35,9 @@ The exit status is 1 if a kernel
   - is a Mosaic body without Hopper's warp-group products and tensor memory accelerator, or, on
     Ampere, without asynchronous copies;
   - has fewer blocks that fit on a multiprocessor than its floor in audit_cases.py;
-  - spends more arithmetic on a score, in its leanest loop, than its budget in audit_cases.py.
+  - spends more arithmetic on a score, in its leanest loop, than its budget in audit_cases.py;
+  - is attention's backward for Triton on Ampere and keeps shared memory busy for longer, for each
+    score, than its ceiling there.
 """
 
 import math
@@ -46,9 +49,15 @@ import jax
 
 from pallas_kernels import mosaic
 from pallas_kernels.arguments import Parser
-from pallas_kernels.audit_cases import AMPERE_FORWARD_BUDGET, CASES, Case
+from pallas_kernels.audit_cases import AMPERE_FORWARD_BUDGET, CASES, SHARED_CEILINGS, Case
 from pallas_kernels.audit_peers import survey_peers
-from pallas_kernels.audit_report import HEADER, Entry, arithmetic_a_score, write_entries
+from pallas_kernels.audit_report import (
+    HEADER,
+    Entry,
+    arithmetic_a_score,
+    shared_cycles_of_32_scores,
+    write_entries,
+)
 from pallas_kernels.chip import CHIPS, Chip
 from pallas_kernels.offline import KernelReport, check_chips, compile_for
 from pallas_kernels.search_space import candidates, default_bodies
@@ -57,6 +66,7 @@ from pallas_kernels.tiles import (
     TILES,
     AmpereAttentionTiles,
     AttentionTiles,
+    MosaicAttentionTiles,
     OpTiles,
     body_of,
     describe_tiles,
@@ -72,12 +82,12 @@ def find_faults(
     report: KernelReport,
     chip: Chip,
     body: str = "triton",
-    tiles: AttentionTiles | AmpereAttentionTiles | None = None,
+    tiles: AttentionTiles | AmpereAttentionTiles | MosaicAttentionTiles | None = None,
 ) -> list[str]:
     """Returns a sentence for each requirement that a compiled kernel does not meet.
 
     Args:
-        tiles: those of an attention kernel's body for Triton or Ampere, to check its budget.
+        tiles: those of an attention kernel, to check its budgets.
     """
     floor = 1 if body == "mosaic" else case.floor  # one block of Hopper's fills a multiprocessor
     resources, faults = report.resources, []
@@ -99,13 +109,19 @@ def find_faults(
     if report.blocks_per_sm(chip) < floor:
         faults.append(f"{report.blocks_per_sm(chip)} blocks per multiprocessor; needs {floor}")
     if tiles and case.budget:
-        budget = AMPERE_FORWARD_BUDGET if body == "ampere" else case.budget
+        of_body = {"ampere": AMPERE_FORWARD_BUDGET, "mosaic": case.mosaic_budget}
+        budget = of_body.get(body, case.budget)
         leanest = min(arithmetic_a_score(case, report, tiles), default=math.inf)
         if leanest > budget:
             faults.append(
                 f"{leanest:.2f} arithmetic instructions a score in its leanest loop; the budget is "
                 f"{budget:g}"
             )
+    if isinstance(tiles, AttentionTiles) and chip.arch == "sm_86":
+        ceiling = SHARED_CEILINGS.get((case.kernel, case.K), math.inf)
+        busy = min(shared_cycles_of_32_scores(report, tiles, chip), default=0.0)
+        if busy > ceiling:
+            faults.append(f"{busy:.1f} cycles of shared memory for 32 scores; at most {ceiling:g}")
     return faults
 
 
@@ -191,7 +207,7 @@ def audit(
         entry = Entry(chip, case, body, report, kernel_tiles(tiles, case.kernel) if tiles else None)
         show(entry.format())
         entries.append(entry)
-        of_budget = entry.tiles if case.op == "attention" and body != "mosaic" else None
+        of_budget = entry.tiles if case.op == "attention" else None
         found = find_faults(case, report, chip, body, of_budget)
         faults += [f"{where}: {fault}" for fault in found]
     return entries, faults

@@ -36,6 +36,7 @@ class Case(NamedTuple):
     tiles: Any = None  # the kernel's, in place of its body's default
     window: int | None = None  # how many keys a query of attention sees; None: all
     budget: float = 0.0  # the most arithmetic instructions a score in the leanest loop; 0: any
+    mosaic_budget: float = 0.0  # the same for Hopper's Mosaic body
 
     @property
     def K(self) -> int:
@@ -50,6 +51,17 @@ BUDGETS = {"forward": 6.0, "dkv": 13.0, "dq": 5.5}
 # Of the forward's Mosaic body for Ampere, which also computes the slots and addresses of its ring
 # (6.5 at K=128 and 6.8 at K=64, jax 0.11.2).
 AMPERE_FORWARD_BUDGET = 7.0
+# Of Hopper's Mosaic bodies: without documents, with documents, and with a window too. Their dk, dv
+# and dq, and their forward with documents, have one loop, which always masks. These are ceilings,
+# as counted on 2026-11-27 with jax 0.11.2; docs/kernels.md has the targets that they miss.
+MOSAIC_BUDGETS = {
+    "forward": (6.02, 12.25, 13.75),
+    "dkv": (9.0, 12.0, 13.5),
+    "dq": (9.0, 12.5, 14.5),
+}
+# The most cycles for which Triton's backward on an A40 keeps shared memory busy for 32 scores, by
+# kernel and K: ceilings, as counted on 2026-11-27 with jax 0.10.2 and 0.11.2.
+SHARED_CEILINGS = {("dkv", 128): 31.4, ("dq", 128): 17.0, ("dkv", 64): 12.2, ("dq", 64): 8.0}
 
 
 def _array(*shape, dtype: Any = jnp.bfloat16):
@@ -157,7 +169,9 @@ def _attention_case(kernel, B, T, H, G, K, documents=True, window=None):
         for names in ((kernel,), tuple(ATTENTION_WORK))
     )
     case = Case(name, shape, build, hbm_bytes, flops, 1, True, "attention", kernel)
-    case = case._replace(build_all=build_all, sizes=sizes, window=window, budget=BUDGETS[kernel])
+    masks = (2 if window else 1) if documents else 0
+    budgets = {"budget": BUDGETS[kernel], "mosaic_budget": MOSAIC_BUDGETS[kernel][masks]}
+    case = case._replace(build_all=build_all, sizes=sizes, window=window, **budgets)
     if documents:
         return case
     why = "because Triton's body needs fewer registers without documents than with them"

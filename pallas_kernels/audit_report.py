@@ -10,10 +10,16 @@ import jax
 
 from pallas_kernels.audit_cases import Case
 from pallas_kernels.chip import Chip
-from pallas_kernels.loop_model import Bounds, LoopBound, find_bounds
+from pallas_kernels.loop_model import WARP_GROUP, Bounds, LoopBound, find_bounds, loop_cycles
+from pallas_kernels.machine_rates import RATES
 from pallas_kernels.offline import KernelReport
 from pallas_kernels.result_files import read_object, write_json
-from pallas_kernels.tiles import AmpereAttentionTiles, AttentionTiles
+from pallas_kernels.tiles import (
+    AmpereAttentionTiles,
+    AttentionTiles,
+    MosaicAttentionTiles,
+    body_of,
+)
 
 HEADER = (
     f"{'kernel':23} {'body':6} {'shape':25} {'registers':>9} {'spills':>6} {'shared':>7} "
@@ -22,13 +28,35 @@ HEADER = (
 )
 
 
+def scores_a_thread(
+    report: KernelReport, tiles: AttentionTiles | AmpereAttentionTiles | MosaicAttentionTiles
+) -> float:
+    """Returns the scores of a block that each thread computes; a group of Mosaic's copies."""
+    copying = 32 * WARP_GROUP if body_of(tiles) == "mosaic" else 0
+    return tiles.queries * tiles.keys / (report.threads - copying)
+
+
 def arithmetic_a_score(
-    case: Case, report: KernelReport, tiles: AttentionTiles | AmpereAttentionTiles
+    case: Case,
+    report: KernelReport,
+    tiles: AttentionTiles | AmpereAttentionTiles | MosaicAttentionTiles,
 ) -> list[float]:
     """Returns the arithmetic instructions a score of each innermost loop, as audit.py defines."""
-    scores = tiles.queries * tiles.keys / report.threads
-    rescaled = tiles.queries * case.K / report.threads if case.kernel == "forward" else 0
+    scores = scores_a_thread(report, tiles)
+    rescaled = scores * case.K / tiles.keys if case.kernel == "forward" else 0
     return [(loop.arithmetic - rescaled) / scores for loop in report.resources.loops]
+
+
+def shared_cycles_of_32_scores(
+    report: KernelReport, tiles: AttentionTiles, chip: Chip
+) -> list[float]:
+    """Returns for how long each innermost loop keeps shared memory busy for 32 scores, in cycles.
+
+    Counts no copies by a unit outside the loop.
+    """
+    scores = scores_a_thread(report, tiles) * 32 * WARP_GROUP  # of a turn of four warps
+    cycles = (loop_cycles(loop, RATES[chip.capability]) for loop in report.resources.loops)
+    return [32 * busy.shared / scores for busy in cycles]
 
 
 def format_loop(bound: LoopBound) -> str:
@@ -74,7 +102,7 @@ class Entry:
     def format(self) -> str:
         """Returns the kernel's row, and two lines for each of its innermost loops."""
         loops = [format_loop(loop) for loop in self.bounds.loops] if self.bounds else []
-        if self.case.op == "attention" and self.body != "mosaic":
+        if self.case.budget:
             figures = arithmetic_a_score(self.case, self.report, self.tiles)
             loops = [f"{loop}; {x:.2f} a score" for loop, x in zip(loops, figures, strict=True)]
         return "\n".join([self.format_row(), *loops])

@@ -22,6 +22,7 @@ https://triton-lang.org/main/getting-started/tutorials/06-fused-attention.html
 import contextlib
 import functools
 import importlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from pallas_kernels import flash_attention_backward, key_blocks, triton
-from pallas_kernels.attention_mask import exponent_scale, visible_pairs
+from pallas_kernels.attention_mask import exponent_scale, sees_itself, visible_pairs
 from pallas_kernels.call_flops import WINDOW_SCOPE
 from pallas_kernels.tile_order import EMPTY_ROW_LSE, LOWEST, MASKED
 from pallas_kernels.tiles import FlashAttentionTiles, body_of
@@ -46,7 +47,8 @@ def flash_attention_reference(
 ) -> jax.Array:
     """Reference implementation; materialises [B,G,H/G,T,S], with softmax in at least float32.
 
-    A query that sees no key gives 0. Returns [B,T,H,K] in q.dtype.
+    A query that sees no key gives 0, one that sees only scores of -inf nan. Returns [B,T,H,K] in
+    q.dtype.
     """
     (B, T, H, K), (S, G) = q_BTHK.shape, k_BSGK.shape[1:3]
     wide = jnp.promote_types(q_BTHK.dtype, jnp.float32)
@@ -57,7 +59,7 @@ def flash_attention_reference(
     visible = jnp.broadcast_to(visible, (B, 1, 1, T, S))
     if docs_BT is not None and docs_BS is not None:
         visible &= (docs_BT[:, :, None] == docs_BS[:, None, :])[:, None, None]
-    p = jnp.where(visible, jax.nn.softmax(jnp.where(visible, s, MASKED), -1), 0.0)
+    p = jnp.where(visible, jax.nn.softmax(jnp.where(visible, s, -jnp.inf), -1), 0.0)
     o = jnp.einsum("BGRTS,BSGK->BTGRK", p.astype(v_BSGK.dtype), v_BSGK, preferred_element_type=wide)
     return o.reshape(B, T, H, K).astype(q_BTHK.dtype)
 
@@ -65,6 +67,7 @@ def flash_attention_reference(
 def _forward_kernel(*refs, tiles, group, window, interpret):
     q_ref, k_ref, v_ref, *docs, o_ref, lse_ref = refs
     T, S, K = q_ref.shape[1], k_ref.shape[1], q_ref.shape[3]
+    sees_ref: Any = docs.pop() if docs else None
     block, head, batch = (pl.program_id(i) for i in range(3))
     block = pl.num_programs(0) - 1 - block  # the longest first, so that no long one starts last
     query_head, key_head = triton.Head(batch, head), triton.Head(batch, head // group)
@@ -96,7 +99,10 @@ def _forward_kernel(*refs, tiles, group, window, interpret):
         jnp.zeros((tiles.queries, K), jnp.float32),
     )
     m_Q, l_Q, sum_QK = visits.loop(add_block, carry)
-    empty = l_Q == 0  # queries that see no key
+    empty = jnp.zeros(l_Q.shape, jnp.bool)  # queries that see no key
+    if sees_ref is not None:
+        sees = triton.load(sees_ref.at[batch, rows], mask=rows < T, other=0)
+        empty = (l_Q == 0) & (sees == 0)
     query_head.write(o_ref, rows, sum_QK / jnp.where(empty, 1.0, l_Q)[:, None])
     lse = jnp.where(empty, EMPTY_ROW_LSE, m_Q + jnp.log2(jnp.where(empty, 1.0, l_Q)))
     triton.store(lse_ref.at[batch, head, rows], lse, mask=rows < T)
@@ -171,7 +177,7 @@ def _forward(q, k, v, docs_BT, docs_BS, blocks, interpret, window):
         )
         bounds = (key_blocks.document_bounds(*docs, tiles, window),) if docs else ()
         with _scope(window):
-            o, lse = kernel(q, k, v, *docs, *bounds)
+            o, lse = kernel(q, k, v, *docs, *bounds, *sees_itself(B, T, k.shape[1], docs))
     o, lse = checkpoint_name(o, "attention"), checkpoint_name(lse, "attention_lse")
     return o, (q, k, v, docs, o, lse)
 

@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import ampere, key_blocks, mosaic
+from pallas_kernels.attention_mask import sees_itself
 from pallas_kernels.flash_attention_mosaic import check_heads
 from pallas_kernels.mosaic import plgpu
 from pallas_kernels.tile_order import EMPTY_ROW_LSE, LOWEST, MASKED
@@ -107,6 +108,7 @@ def _visible(shape, layouts, last, docs, window):
 
 def _kernel(q_ref, k_ref, v_ref, *refs, tiles, sizes, window, interpret, shared):
     *docs, o_ref, lse_ref = refs
+    sees_ref: Any = docs.pop() if docs else None
     (q_smem,), (slots_smem,) = shared
     (T, S, ratio, K), layouts = sizes, ampere.Layouts(q_ref.dtype, WARPS_ALONG_ROWS)
     head, batch = (lax.axis_index(name) for name in ("head", "batch"))
@@ -162,10 +164,13 @@ def _kernel(q_ref, k_ref, v_ref, *refs, tiles, sizes, window, interpret, shared)
     carry = lax.fori_loop(0, order.unmasked, functools.partial(step, masked=False), carry)
     masked = functools.partial(step, masked=True)
     _, sum_QK, m_Q, l_Q = lax.fori_loop(order.unmasked, order.count, masked, carry)
-    empty = l_Q == 0  # queries that see no key
-    l_Q = jnp.where(empty, 1.0, l_Q)
+    empty = None
+    if sees_ref is not None:  # some queries may see no key
+        sees = plgpu.load(sees_ref.at[batch, rows], layout=layouts.row, optimized=False)
+        empty = (l_Q == 0) & (sees == 0)
+        l_Q = jnp.where(empty, 1.0, l_Q)
     lse = m_Q + jnp.log(l_Q) * math.log2(math.e)
-    lse_ref[batch, head, rows] = jnp.where(empty, EMPTY_ROW_LSE, lse)
+    lse_ref[batch, head, rows] = lse if empty is None else jnp.where(empty, EMPTY_ROW_LSE, lse)
     ampere.barrier(interpret)
     # Threads exchange the result in shared memory, so that each stores 16 bytes of a row.
     q_smem[...] = (sum_QK / widen(l_Q, sum_QK)).astype(o_ref.dtype)
@@ -199,6 +204,7 @@ def forward(
     mosaic.check(q=q_BTHK, k=k_BSGK, v=v_BSGK)
     check_heads(K)
     bounds = [key_blocks.document_bounds(docs[0], docs[1], tiles, window)] if docs else []
+    sees = [mosaic.pad_last(x, tiles.queries, 0) for x in sees_itself(B, T, S, docs)]
     # Padding is of a document that does not exist. Its rows and columns are never read.
     docs = [mosaic.pad_last(x, n, -1) for x, n in zip(docs, tiles[:2], strict=False)]
 
@@ -224,5 +230,5 @@ def forward(
         scratch={"shared": shared},
         approximate=True,
         interpret=interpret,
-    )(q, k, v, *docs, *bounds)
+    )(q, k, v, *docs, *bounds, *sees)
     return o[:, :T].reshape(q_BTHK.shape), lse[:, :, :T]

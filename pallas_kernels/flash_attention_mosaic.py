@@ -15,6 +15,7 @@ https://arxiv.org/abs/2407.08608
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import attention_steps, mosaic
-from pallas_kernels.attention_mask import exponent_scale
+from pallas_kernels.attention_mask import exponent_scale, sees_itself
 from pallas_kernels.mosaic import plgpu
 from pallas_kernels.tile_order import EMPTY_ROW_LSE, LOWEST, MASKED
 from pallas_kernels.tiles import MOSAIC_HEADS, MosaicAttentionTiles
@@ -101,6 +102,7 @@ def _kernel(
 ):
     *docs, o_ref, lse_ref = refs
     T, S = q_ref.shape[1], k_ref.shape[1]
+    sees_ref: Any = docs.pop() if docs else None
     part = tiles.queries // tiles.groups
     group, head, key_head, batch, start, steps = attention_steps.find_query_block(
         T, S, tiles, ratio, window
@@ -133,8 +135,10 @@ def _kernel(
         q = q_smem.at[group]
         staging = None if p_smem is None else p_smem.at[group]
         acc, m_Q, l_Q = _attend(q, own, steps.count, mask, tiles, group, turn, staging, **pipeline)
-        empty = l_Q == 0  # queries that see no key
-        l_Q = jnp.where(empty, 1.0, l_Q)
+        empty = None
+        if sees_ref is not None:  # some queries may see no key
+            empty = (l_Q == 0) & (mosaic.load_along_rows(sees_ref.at[batch, rows]) == 0)
+            l_Q = jnp.where(empty, 1.0, l_Q)
         # The output is written through the queries' shared memory, which is no longer needed.
         q[...] = (acc / lax.broadcast_in_dim(l_Q, acc.shape, [0])).astype(o_ref.dtype)
         plgpu.commit_smem()
@@ -142,7 +146,7 @@ def _kernel(
         if tiles.variant == "folded":
             m_Q *= exponent_scale(q.shape[1])
         lse = m_Q + jnp.log(l_Q) * math.log2(math.e)
-        lse_ref[batch, head, rows] = jnp.where(empty, EMPTY_ROW_LSE, lse)
+        lse_ref[batch, head, rows] = lse if empty is None else jnp.where(empty, EMPTY_ROW_LSE, lse)
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -263,6 +267,7 @@ def forward(
     check_heads(K)
     blocks = pl.cdiv(T, tiles.queries)
     padded = jax.ShapeDtypeStruct((B, H, blocks * tiles.queries), jnp.float32)
+    sees = [mosaic.pad_last(x, tiles.queries, 0) for x in sees_itself(B, T, S, docs)]
     docs = [mosaic.pad_last(x, n, -1) for x, n in zip(docs, tiles[:2], strict=False)]
     memory = functools.partial(mosaic.swizzled_shared_memory, dtype=q_BTHK.dtype)
     barriers = lambda arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=tiles.stages)
@@ -286,5 +291,5 @@ def forward(
         consumers=groups,
         approximate=True,
         interpret=interpret,
-    )(q_BTHK, k_BSGK, v_BSGK, *docs)
+    )(q_BTHK, k_BSGK, v_BSGK, *docs, *sees)
     return o, lse[:, :, :T]

@@ -217,6 +217,14 @@ def check_head_scores(
     if keep not in KEPT:
         raise ValueError(f"keep must be in {KEPT}; got {keep!r}.")
     _check_product_tiles(tiles)
+    # Scores.softmax infers the columns from the number of tiles, and the body for Hopper stores
+    # what is kept in strips of up to 64 columns.
+    narrow = body_of(tiles) == "mosaic" and tiles.columns < 64
+    if narrow or not _is_power_of_two(tiles.columns):
+        raise ValueError(
+            "tiles.columns must be a power of two, of at least 64 for the Mosaic body; got "
+            f"{tiles.columns}."
+        )
 
 
 def check_symmetric(x_XMN: Any, y_XMN: Any, c_XMM: Any, scales: Sequence[Any], tiles: Any) -> None:

@@ -17,9 +17,11 @@ from pallas_kernels.flash_attention import flash_attention, flash_attention_refe
 from pallas_kernels.head_scores import head_scores, head_scores_reference
 from pallas_kernels.qk_rope import qk_rope, qk_rope_reference
 from pallas_kernels.symmetric import symmetric, symmetric_reference
-from pallas_kernels.tile_order import MASKED
 from pallas_kernels.tiles import (
+    AmpereAttentionTiles,
+    AmpereProductTiles,
     AttentionTiles,
+    DqProductTiles,
     FlashAttentionTiles,
     MosaicAttentionTiles,
     MosaicProductTiles,
@@ -27,10 +29,18 @@ from pallas_kernels.tiles import (
 )
 
 ON_GPU = jax.default_backend() == "gpu"
+ON_HOPPER = ON_GPU and jax.devices()[0].compute_capability == "9.0"
 BODIES = [
     "triton",
     pytest.param("mosaic", marks=pytest.mark.skipif(not mosaic.USABLE, reason=mosaic.REASON)),
 ]
+AMPERE = pytest.param(
+    "ampere",
+    marks=[
+        pytest.mark.skipif(not mosaic.USABLE, reason=mosaic.REASON),
+        pytest.mark.skipif(ON_HOPPER, reason="these bodies are for sm_80 to sm_89"),
+    ],
+)
 VALUES = (np.nan, np.inf, -np.inf)
 pytestmark = [
     pytest.mark.gpu,
@@ -68,7 +78,7 @@ def strict_attention(q_BTHK, k_BSGK, v_BSGK, docs_BT, docs_BS):
     q, k, v = (x.astype(jnp.float32).swapaxes(1, 2) for x in (q_BTHK, k, v))
     q = jnp.where(visible, q[:, :, :, None], 0.0)
     k, v = (jnp.where(visible, x[:, :, None], 0.0) for x in (k, v))
-    s = jnp.where(visible[..., 0], (q * k).sum(-1) * K**-0.5, MASKED)
+    s = jnp.where(visible[..., 0], (q * k).sum(-1) * K**-0.5, -jnp.inf)
     p = jnp.where(visible[..., 0], jax.nn.softmax(s, -1), 0.0)
     return (p[..., None] * v).sum(-2).swapaxes(1, 2).astype(q_BTHK.dtype)
 
@@ -90,13 +100,23 @@ ATTENTION_BLOCKS = {
         MosaicAttentionTiles(128, 64, 2),
     ),
 }
+# The bodies of an A40: Ampere's forward, and Triton's pair that stores the scores' gradients.
+ATTENTION_BLOCKS["ampere"] = ATTENTION_BLOCKS["triton"]._replace(
+    forward=AmpereAttentionTiles(64, 32, 3), dq=DqProductTiles(32, 16, 4, 1)
+)
+ATTENTION_BLOCKS["storing"] = ATTENTION_BLOCKS["triton"]._replace(dq=DqProductTiles(32, 16, 4, 1))
 VARIANTS = FlashAttentionTiles(
     MosaicAttentionTiles(192, 64, 2, variant="folded", groups=3),
     MosaicAttentionTiles(64, 128, 2, variant="turns"),
     MosaicAttentionTiles(128, 64, 2, variant="stored"),
 )
 # T, S, H, G, K. Interpreted Mosaic is slow, so that its body gets one value for each operand.
-ATTENTION_SIZES = {"triton": (34, 42, 2, 1, 16), "mosaic": (72, 88, 1, 1, 64)}
+ATTENTION_SIZES = {
+    "triton": (34, 42, 2, 1, 16),
+    "storing": (34, 42, 2, 1, 16),
+    "mosaic": (72, 88, 1, 1, 64),
+    "ampere": (34, 42, 1, 1, 64),
+}
 
 
 def assert_finite_alike(case, got, needed, allowed):
@@ -110,7 +130,7 @@ def assert_finite_alike(case, got, needed, allowed):
     assert not spread.any(), f"{case}: spread to {np.argwhere(spread).tolist()}"
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("body", [*BODIES, "storing", AMPERE])
 @pytest.mark.parametrize("documents", [False, True])
 def test_attention_keeps_what_is_not_finite_and_never_spreads_it_from_masked_positions(
     body, documents
@@ -123,7 +143,7 @@ def test_attention_keeps_what_is_not_finite_and_never_spreads_it_from_masked_pos
     """
     T, S, H, G, K = ATTENTION_SIZES[body]
     cases = [(operand, value) for operand in range(4) for value in VALUES]
-    cases = cases if body == "triton" else cases[documents :: len(VALUES) + 1]
+    cases = cases if ATTENTION_SIZES[body][-1] == 16 else cases[documents :: len(VALUES) + 1]
     arrays = draw(*[(len(cases), T, H, K)] * 2, *[(len(cases), S, G, K)] * 2)
     for b, (operand, value) in enumerate(cases):
         position = (10, 20, 10) if operand < 2 else (12, 30, 30)
@@ -146,9 +166,29 @@ def test_attention_keeps_what_is_not_finite_and_never_spreads_it_from_masked_pos
         np.testing.assert_allclose(x, want, atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize("body", [*BODIES, AMPERE])
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_query_that_sees_only_scores_of_minus_infinity_gives_nan(body, documents):
+    """One that sees no key gives zeros: the first, as there are fewer keys than queries."""
+    T, S, K = 40, 32, 64
+    q, k, v = draw((1, T, 1, K), (1, S, 1, K), (1, S, 1, K))
+    k, lost = np.abs(k), [20, T - 1]
+    q[0, lost, 0, 5] = -np.inf
+    docs = np.zeros((1, S), np.int32)
+    docs[:, 16:] = 1
+    given = (np.pad(docs, ((0, 0), (T - S, 0))), docs) if documents else (None, None)
+    attend = lambda *x: flash_attention(*x, *given, ATTENTION_BLOCKS[body], not ON_GPU)
+    want = flash_attention_reference(q, k, v, *given)
+    for o in (attend(q, k, v), want):
+        assert np.isnan(o[0, lost]).all()
+        others = np.delete(np.asarray(o[0], np.float32), lost, 0)
+        assert np.isfinite(others).all() and not others[: T - S].any()
+
+
 PRODUCT_TILES: dict[str, Any] = {
     "triton": ProductTiles(32, 32, 16, 4, 1),
     "mosaic": MosaicProductTiles(128, 128, 64, 2, group=1),
+    "ampere": AmpereProductTiles(64, 32, 3),
 }
 
 
@@ -181,10 +221,10 @@ def test_head_scores_keep_what_is_not_finite(body):
         assert_finite_alike(case, finite(got.hit_N), hit, hit)
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("body", [*BODIES, AMPERE])
 def test_symmetric_keeps_what_is_not_finite(body):
     """Each matrix has one such number, in x, in y or in c; the last two are scaled by one."""
-    tiles, M = PRODUCT_TILES[body], 64 if body == "triton" else 128
+    tiles, M = PRODUCT_TILES[body], 128 if body == "mosaic" else 64
     x, c = draw((9, M, 64), (9, M, M))
     arrays = [x, x.copy(), c + c.mT]
     for matrix, (operand, value) in enumerate((o, v) for o in range(3) for v in VALUES):
@@ -197,33 +237,6 @@ def test_symmetric_keeps_what_is_not_finite(body):
         got, want = (finite(f(*arrays, scales)) for f in (fused, reference))
         assert_finite_alike(f"with scales {scales}", np.tril(got), np.tril(want), np.tril(want))
         assert (got == got.mT).all()
-
-
-class DroppingMaximum:
-    """jax.numpy with the maximum of a GPU's max.f32, which returns the operand that is not NaN."""
-
-    maximum = staticmethod(jnp.fmax)
-    max = staticmethod(lambda x, axis: jax.lax.reduce(x, -np.inf, jnp.fmax, (axis,)))
-
-    def __getattr__(self, name):
-        return getattr(jnp, name)
-
-
-def test_nan_reaches_the_results_where_the_maximum_drops_it(monkeypatch):
-    """The compiled Triton bodies use max.f32, the interpreter a maximum that keeps NaN.
-
-    This is interpreted on a GPU too, as Triton cannot compile the stand-in.
-    """
-    monkeypatch.setattr("pallas_kernels.flash_attention.jnp", DroppingMaximum())
-    monkeypatch.setattr("pallas_kernels.head_scores.jnp", DroppingMaximum())
-    q, k, h, w = draw((1, 32, 1, 16), (1, 32, 1, 16), (4, 16), (70, 16))
-    k[0, 12, 0, 3] = np.nan
-    o = flash_attention(q, k, k, None, None, ATTENTION_BLOCKS["triton"], True)
-    assert not finite(o)[0, 12:, 0].any()
-    assert finite(o)[0, :12, 0, :3].all()
-    w[40, 3], targets = np.nan, jnp.zeros(4, jnp.int32)
-    scores = head_scores(h, w, targets, PRODUCT_TILES["triton"], interpret=True)
-    assert np.isnan(scores.top_N).all() and np.isnan(scores.total_N).all()
 
 
 @pytest.mark.parametrize("form", ["rms", "layer"])

@@ -115,7 +115,7 @@ def test_log_bytes_that_the_host_has_deleted_are_counted(job, host_folder, capsy
 
 
 def test_following_a_job_that_its_host_no_longer_has_starts_nothing(job, tmp_path):
-    with pytest.raises(HostError, match="no host knows how job .* ended"):
+    with pytest.raises(HostError, match="no host knows how job .* `cat -v .*/\\*.log` shows"):
         follow(job)
     job.change(outcome=ENDED["outcome"])
     assert follow(job)["why"] == "done"  # from this machine's record

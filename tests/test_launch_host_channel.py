@@ -19,8 +19,8 @@ from launch.host.channel import (
     FollowerChannel,
     InvalidMessage,
     LeaderChannel,
-    free_port,
 )
+from launch.host.interfaces import free_port
 
 TOKEN = "a" * 64
 
@@ -156,6 +156,38 @@ def test_a_follower_that_hears_nothing_does_not_look_like_one_that_has_ended(con
     wait_until(leader, lambda: not following.is_alive() and len(leader._host_of) == 1)
     wait_until(leader, lambda: [*leader._host_of.values()] == [1])
     assert leader.kernel_state(1, 0.0) == UNKNOWN
+
+
+def exchange_until(follower, condition, limit_s=10.0):
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline
+        follower._try_at = 0.0  # it would wait for a second
+        follower.exchange({"host": 1})
+
+
+def test_a_follower_knows_that_the_leaders_kernel_is_up_until_the_supervisor_has_ended(
+    connect, monkeypatch
+):
+    monkeypatch.setattr(channel, "CONNECT_S", 0.05)
+    monkeypatch.setattr(channel, "PROBE_S", 1)
+    leader, follower = (new() for new in connect)
+    assert follower.kernel_state(9.0) == UNKNOWN
+    talk(leader, follower, {"host": 1}, {"do": "run"})
+    leader._server.listen(1)
+    follower._silent_s = 0.05
+    # The leader is not called any more, as if it were stopped: its kernel accepts connections...
+    exchange_until(follower, lambda: follower._former and follower._accepted_at > follower._try_at)
+    assert follower.kernel_state(0.2) == RUNNING
+    # ...until its queue is full; then it still acknowledges probes.
+    exchange_until(follower, lambda: time.monotonic() - follower._accepted_at > 2.5)
+    assert follower._closed is False and follower.kernel_state(1.5) == RUNNING
+    assert follower.kernel_state(0.0) == UNKNOWN  # as after a loss of power
+    leader.close()
+    exchange_until(follower, lambda: follower.kernel_state(0.0) == CLOSED)
+    follower.close()
+    talk(connect[0](), follower, {"host": 1}, {"do": "kill"})
+    assert follower.kernel_state(5.0) == RUNNING
 
 
 CLIENT_HELLO = b"\x16\x03\x01\x00\xa5\x01\x00\x00\xa1\x03\x03" + bytes(range(160)) + b"\n"

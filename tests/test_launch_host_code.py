@@ -1,4 +1,5 @@
 import io
+import shutil
 import sys
 import tarfile
 import time
@@ -69,6 +70,71 @@ def test_code_that_was_edited_on_a_host_is_refused(tmp_path):
     (folder / "a.py").unlink()
     with pytest.raises(RuntimeError, match="nothing, as .*a.py is missing"):
         code_lib.land(request)
+
+
+CODE = ("run.py", "pkg/__init__.py", "pkg/a.py", "pkg/sub/b.txt", "scripts/go.py", "data/readme")
+EXTENSION = "cpython-311-x86_64-linux-gnu.so"
+IMPORTED = (
+    "numpy.py",
+    "numpy.pyc",
+    "numpy/__init__.py",
+    "sitecustomize.py",
+    "json.so",
+    f"json.{EXTENSION}",
+    "pkg.py",
+    f"pkg/a.{EXTENSION}",
+    "pkg/a/__init__.py",
+    "pkg/sub.py",
+    "pkg/__init__.abi3.so",
+    "scripts/numpy.py",
+)
+IGNORED = (
+    "runs/numpy.py",
+    "__pycache__/run.cpython-311.pyc",
+    "pkg/__pycache__/a.cpython-311.pyc",
+    ".venv/lib/numpy.py",
+    "build/lib/pkg/__init__.py",
+    "data/prepare.py",
+    "numpy/array.npy",
+    "numpy.py.orig",
+    "numpy-1.py",
+    ".#numpy.py",
+    "own.pth",
+    "libkernel.so",
+    f"pkg/_fast.{EXTENSION}",
+    "pkg/_version.py",
+    "pkg.egg-info/a.py",
+)
+
+
+@pytest.fixture
+def landed(tmp_path):
+    """Returns code on a host, and the request that a start sends for it."""
+    request = {"workdir": str(tmp_path / "host"), "files": list(CODE), "by": "b"}
+    tree = tmp_path / "tree"
+    for name in CODE:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text(name)
+    request["hash"] = hash_files(tree, CODE)
+    shutil.copytree(tree, code_lib.land(request)["folder"], dirs_exist_ok=True)
+    return Path(code_lib.land(request)["folder"]), request
+
+
+@pytest.mark.parametrize("name", IMPORTED)
+def test_a_module_that_was_added_to_the_code_on_a_host_is_refused_by_name(landed, name):
+    folder, request = landed
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).touch()
+    with pytest.raises(RuntimeError, match=f"{name} was added to the code in {folder}"):
+        code_lib.land(request)
+
+
+def test_files_on_a_host_that_change_no_import_are_not_refused(landed):
+    folder, request = landed
+    for name in IGNORED:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    assert code_lib.land(request) == {"missing": False, "folder": str(folder)}
 
 
 def test_two_operators_can_send_the_same_code_at_once(tmp_path):

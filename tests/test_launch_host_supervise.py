@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import pytest
 from web_server import SECRET, Server
 
 from launch.host import requests
-from launch.host.channel import free_port
+from launch.host.channel import LeaderChannel
+from launch.host.interfaces import free_port
 from launch.host.log import read
 from launch.host.restart_policy import Policy
 from launch.host.supervise import Supervisor
@@ -129,6 +131,34 @@ def test_a_jump_of_the_clock_does_not_change_the_age_of_a_status(start_leader, m
     assert 20 <= age_s() < 25
     monkeypatch.setattr(requests.processes, "boot_id", lambda: "another")
     assert age_s() == 0
+
+
+def test_a_host_says_whether_the_first_hosts_supervisor_is_silent_or_has_ended(tmp_path):
+    port, spec = free_port("127.0.0.1"), {"id": "test", "me": 1, "ranks_per_host": 1, "gpus": 0}
+    spec |= {"hosts": [{"name": name, "address": "127.0.0.1"} for name in "ab"], "port": port}
+    spec |= {"token": "a" * 64, "policy": {"wait_s": 100.0}}
+    (tmp_path / "job.json").write_text(json.dumps(spec))
+    leader = LeaderChannel("127.0.0.1", port, spec["token"])
+    follower, report = Supervisor(tmp_path), {"host": 1}
+
+    def outcome_after(silent_s):
+        follower._target = follower._target | {"outcome": None}
+        follower._target_at = time.monotonic() - silent_s
+        follower._follow(report, time.monotonic())
+        return follower._target["outcome"]
+
+    connecting = threading.Thread(target=outcome_after, args=(0.0,))
+    connecting.start()
+    while connecting.is_alive():
+        leader.receive_reports()  # it greets, and never answers: as if stopped from now on
+    assert outcome_after(50.0) is None
+    assert outcome_after(101.0)["why"].startswith("a: its supervisor is silent for 101 s; the host")
+    leader.close()
+    why, deadline = "", time.monotonic() + 10
+    while "its supervisor ended and is not back" not in why:
+        assert time.monotonic() < deadline, why
+        why = outcome_after(101.0)["why"]
+    follower.leader.close()
 
 
 @pytest.mark.parametrize("status", [{}, {"attempt": 2, "do": "run"}])

@@ -217,7 +217,7 @@ def test_without_flags_the_trainers_own_run_directory_has_one_writer_and_is_copi
         prepare(client, job, Code(code, [], "", "", ""))
     assert client.call(host, jobs[0].request(host)) == {"started": True}
     try:
-        with pytest.raises(HostError, match=f"{jobs[0].id} is running and writes to {run}"):
+        with pytest.raises(HostError, match=f"{jobs[0].id} .*is running and writes to {run}"):
             client.call(host, jobs[1].request(host))
         copy = RunCopy(jobs[0].id)
         copy.client = client

@@ -38,25 +38,32 @@ def test_a_line_that_is_no_measurement_is_not_one(change):
     assert read_rows(f'{json.dumps(ROW | change)}\n{{"collective": [\n') == []
 
 
-@pytest.mark.parametrize(("rows", "prefix"), [(0, ""), (1, "[0] "), (2, "[0] ")])
-def test_collectives_without_a_measurement_are_an_error(tmp_path, monkeypatch, rows, prefix):
+@pytest.mark.parametrize(
+    ("code", "rows", "prefix"), [(0, 0, ""), (0, 1, "[0] "), (0, 2, "[0] "), (3, 2, "")]
+)
+def test_collectives_without_a_measurement_are_an_error(tmp_path, monkeypatch, code, rows, prefix):
     log, inventory = tmp_path / "log", tmp_path / "hosts.toml"
     log.write_text(rows * f"{prefix}{json.dumps(ROW)}\n")
     inventory.write_text('ranks = "gpu"\n[[hosts]]\nname = "a"\naddress = "10.0.0.1"\ngpus = 2\n')
 
     class Done:
-        hosts = ("a",)
+        id, hosts = "1126-a", ("a",)
 
         def log(self, host):
             return log
 
-    monkeypatch.setattr(probe.run, "start", lambda args, flags: ([Done()], 0))
+    monkeypatch.setattr(probe.run, "start", lambda args, flags: ([Done()], code))
     argv = [f"--hosts={inventory}", "--cases=all_reduce:4096,all_gather:4096"]
-    if rows == 2:
+    if rows == 2 and not code:
         assert probe.measure_collectives(probe.parse(argv)) == [ROW, ROW]
         return
-    with pytest.raises(probe.HostError, match=rf"each of 2 collectives; it has {rows}\."):
+    reason = f"ended with {code}" if code else f"each of 2 collectives; it has {rows}"
+    with pytest.raises(probe.HostError, match=rf"{reason}\.") as error:
         probe.measure_collectives(probe.parse(argv))
+    # Not the file, whose control characters a terminal would obey.
+    assert "`python -m launch.run logs 1126-a`" in str(error.value) and str(log) not in str(
+        error.value
+    )
 
 
 @pytest.mark.parametrize("out", ["no/network.json", "."])

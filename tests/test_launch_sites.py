@@ -14,7 +14,7 @@ from local_client import LocalClient
 from quick_hosts import quick_hosts
 from run_directories import series, write_run
 
-from launch import pull, run, slo, summary
+from launch import compare, pull, run, slo, summary
 from launch.host.exit_codes import PREEMPTED
 from launch.host.restart_policy import Policy
 from launch.inventory import Host
@@ -211,6 +211,9 @@ def test_reports_show_a_run_per_site_and_check_each(tmp_path, monkeypatch, capsy
         file.write(json.dumps({"step": 60, "sites/participants": 1}) + "\n")
     assert summary.main(["two.east"]) == 0
     assert "4, 2 without a site, also the newest" in capsys.readouterr().out
+    for sides in (["two"], ["two.west", str(tmp_path / "east")]):
+        assert compare.main(sides) == 0
+        assert re.search("A  west: .*\nB  east: .*\n.*the same work", capsys.readouterr().out)
     base = str(tmp_path / "base.json")
     assert slo.main(["record", "two", f"--out={base}"]) == slo.REFUSED
     assert "one site, JOB.SITE" in capsys.readouterr().err
@@ -219,6 +222,21 @@ def test_reports_show_a_run_per_site_and_check_each(tmp_path, monkeypatch, capsy
     assert slo.main(["check", "two", f"--against={base}"]) == slo.BREACH
     out = capsys.readouterr().out
     assert out.count("against") == 2 and out.index("all bounds are met") < out.index("BREACH")
+
+
+def test_a_site_whose_run_cannot_be_read_does_not_hide_another(tmp_path, monkeypatch, capsys):
+    record_runs(tmp_path, monkeypatch)
+    shutil.rmtree(tmp_path / "west")
+    for options in ((), ("--follow", "--every=0.01")):
+        if options:  # the job has ended without a run: nothing is left to wait for
+            monkeypatch.setattr(summary, "is_over", lambda source: True)
+        assert summary.main(["two", *options]) == 1
+        out, err = capsys.readouterr()
+        assert "east: loss" in out and "west" not in out and "two.west" in err
+    shutil.rmtree(tmp_path / "east")
+    shutil.rmtree(tmp_path / "jobs" / "two.east" / "run")
+    assert summary.main(["two"]) == 1 and not capsys.readouterr().out
+    assert summary.main([str(tmp_path / "east"), "two"]) == 1
 
 
 def test_a_site_that_is_not_comparable_does_not_keep_another_from_being_checked(

@@ -8,6 +8,7 @@ import pytest
 
 from launch import operate, run, start
 from launch.host.exit_codes import STOPPED
+from launch.host.files import write_json
 from launch.host.restart_policy import Policy
 from launch.inventory import Host
 from launch.job import Job, read_jobs, replace_in_parent, write_parent
@@ -112,6 +113,29 @@ def test_the_name_of_a_site_leads_to_its_current_job(two, capsys):
     assert run.main(["status"]) == 0  # lists each job by its own name
     out = capsys.readouterr().out
     assert "two.east  e  running" in out and f"two  stands for two.west {newest.id}\n" in out
+
+
+def test_commands_for_a_job_that_was_resumed_as_another_name_that_one(two, monkeypatch, capsys):
+    monkeypatch.setattr(start, "begin", lambda jobs, *options: 0)
+    assert run.main(["resume", "two"]) == 0
+    later = Job("two.west").record["continued_as"]
+    assert run.main(["stop", "two"]) == 0 and "continued as" not in capsys.readouterr().err
+    for job in read_jobs(later):  # it has begun
+        job.change(begun=time.time())
+    assert run.main(["stop", "two"]) == 0
+    assert capsys.readouterr().err.count(f"two was continued as {later}") == 1
+    assert two == 2 * ["two.west", "two.east"]
+
+
+def test_a_job_that_an_earlier_version_recorded_is_not_resumed_and_says_what_to_do(two, capsys):
+    job = Job("two.east")
+    del job.record["env_extras"]
+    write_json(job.folder / "job.json", job.record)
+    for name in ("two", "two.east"):
+        assert run.main(["resume", name]) == 1
+        err = capsys.readouterr().err
+        assert "two.east must have a record of this version" in err and "env_extras" in err
+    assert run.main(["attach", "two"]) == 0
 
 
 def test_a_site_that_never_started_does_not_keep_another_from_being_followed(two, capsys):

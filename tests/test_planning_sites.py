@@ -16,7 +16,7 @@ FLAGS |= {"step_s": ["2.0"], "json": True}
 
 def plan(capsys, period=30, fragments=1, delay=0, **flags):
     config = debug.get_config()
-    config.steps = 600
+    config.steps, config.save_every = 600, 100
     config.sites.update(period=period, fragments=fragments, delay=delay)
     assert plan_sites(freeze(config), SimpleNamespace(**FLAGS | flags)) == 0
     return capsys.readouterr().out
@@ -38,18 +38,24 @@ def test_the_plan_has_each_codecs_exact_bytes_and_both_shares_of_the_time(capsys
     # One fragment: 8 vectors of float32, and three codes.
     expected = 32 * found["parameters"] + 3 * rows["int4"]["round_bytes"]
     assert rows["int4"]["host_bytes"] == pytest.approx([expected] * 2)
+    # With save_every=100 and keep_last=2, 10 rounds in 300 steps, a pending one and an own code.
+    assert rows["int4"]["disk_bytes"] == [12 * rows["int4"]["round_bytes"]] * 2
     every_step = json.loads(plan(capsys, period=1))  # leaves no time to hide anything
     assert {row["hiding_bytes_per_s"] for row in every_step["codecs"]} == {None}
     assert "none" in plan(capsys, period=1, json=False)
     halves = json.loads(plan(capsys, fragments=2, sites=["2x4xa40", "8xh100"]))
     assert halves["delay"] == 15 and halves["sites"][0]["hosts"] == 2
     first, second = halves["codecs"][0]["host_bytes"]
+    disk = halves["codecs"][0]["disk_bytes"]
+    assert 2 * disk[0] == disk[1] == 12 * halves["codecs"][0]["round_bytes"]
     assert 2 * first == second < rows["float32"]["host_bytes"][0]
 
 
 def test_the_text_names_the_periods_with_which_unequal_sites_do_not_wait(capsys):
     text = plan(capsys, step_s=["2.0", "0.5"], json=False)
     assert "--steps in the same ratio: site_1 30, site_2 120" in text
+    text_of_fragments = plan(capsys, step_s=["2.0", "0.6"], fragments=4, json=False)
+    assert "--steps in the same ratio: site_1 32, site_2 100" in text_of_fragments
     assert "100 Mbit/s at 80%, round trip 150 ms" in text
     assert "same ratio" not in plan(capsys, json=False)
 

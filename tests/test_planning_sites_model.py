@@ -71,7 +71,7 @@ def test_from_the_smallest_hiding_link_on_nothing_is_waited_for(schedule):
 
 def test_unequal_sites_wait_for_the_slower_one_unless_their_rounds_take_equally_long():
     assert sites.waiting_share([8.0, 2.0], [30, 30], 0.0) == [1.0, 0.25]
-    assert sites.equal_periods([8.0, 2.0], 30) == [30, 120]
+    assert sites.equal_periods([8.0, 2.0], 30, 1) == [30, 120]
     assert sites.waiting_share([8.0, 2.0], [30, 120], 60.0) == [0.8, 0.8]
 
 

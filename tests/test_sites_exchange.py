@@ -81,6 +81,17 @@ def test_payload_is_counted_apart_from_all_bytes_on_the_wire(large):
         assert 3 * LARGE < total < 1.1 * 3 * LARGE
 
 
+def test_the_count_of_bytes_never_decreases_while_a_connection_ends(scene, monkeypatch):
+    a, _ = scene.start("a"), scene.start("b")
+    a.send(0, 0, {0: b"code"}, 1, {})
+    assert a.finish(10)
+    [channel] = a.channels
+    before = channel.wire_bytes()
+    monkeypatch.setattr(channel, "streams", set())  # they are not yet among the closed ones
+    after = channel.wire_bytes()
+    assert min(before) > 0 and after[0] >= before[0] and after[1] >= before[1]
+
+
 def test_chunks_in_any_order_and_twice_give_the_same_file(tmp_path):
     box = mailbox.Mailbox(tmp_path, {("b", 0): [range(LARGE_BLOCKS[0])]})
     content = os.urandom(LARGE)

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from sites_in_memory import Hub, Site, arrive_in_time, build
@@ -16,12 +17,14 @@ import runs
 from jaxtrain.config.run_sections import SitesConfig
 from jaxtrain.distributed.broadcast import MESSAGE_BYTES
 from jaxtrain.distributed.heartbeat import beat
+from jaxtrain.optim.noise import NoiseState
 from jaxtrain.sites.decisions import Decider, Decision, View, decide
 from jaxtrain.sites.ends import compare_ends
 from jaxtrain.sites.errors import SiteLeftOut
 from jaxtrain.sites.ledger import DECIDED, read_ledger
-from jaxtrain.sites.rejoin import Return, find_admission
+from jaxtrain.sites.rejoin import Return, _advance_counts, find_admission
 from jaxtrain.sites.round import Outcome, Outer, Pending, describe_part
+from jaxtrain.training.step import TrainState
 
 STEPS, PERIOD = 24, 4
 BOTH, ONE = ("site0", "site1"), ("site0",)
@@ -109,6 +112,14 @@ def test_only_an_admission_after_the_newest_known_round_counts():
     assert find_admission({5: admitted}, outer, 1) is None  # of the time before
     assert find_admission({6: left_out, 7: admitted, 8: with_us}, outer, 1) == 7
     assert find_admission({6: admitted, 7: left_out}, outer, 1) is None
+
+
+def test_a_site_that_skips_steps_keeps_the_seed_of_its_noise():
+    noise = NoiseState(jnp.int32(3), jnp.int32(7), {})
+    state = TrainState(jnp.int32(5), {}, (noise,), jnp.int32(0), None)
+    later = _advance_counts(state, 10, None)
+    assert later.step == 15 and later.bad_steps == 0
+    assert (later.opt_state[0].count, later.opt_state[0].seed) == (13, 7)
 
 
 @contextlib.contextmanager

@@ -1,3 +1,5 @@
+import dataclasses
+import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -6,12 +8,14 @@ import numpy as np
 import optax
 import pytest
 from sites_in_memory import Hub, Site, arrive_in_time, build, replace_batch, train_together
+from sites_scene import wait_until
 
 import runs
+from jaxtrain.sites import start
 from jaxtrain.sites.codec import NonFiniteDelta
 from jaxtrain.sites.errors import Disagreement
 from jaxtrain.sites.ledger import DECIDED, read_ledger
-from jaxtrain.sites.outer_state import add_outer_state
+from jaxtrain.sites.outer_state import _read_ends, add_outer_state
 from jaxtrain.sites.start import finish
 from jaxtrain.training.loop import Loop
 
@@ -196,6 +200,56 @@ def test_the_sites_compare_their_final_weights_at_the_end_of_the_run_only(accele
         finish(a.rounds)
     a.rounds.finished_step = STEPS // 2  # the run was extended, and stopped before its new end
     finish(a.rounds)
+
+
+def test_at_the_end_a_site_waits_for_the_others_without_a_limit_unless_it_may_go_on_with_fewer(
+    accelerated, monkeypatch
+):
+    a, b = train_together(pair(accelerated, period=4))
+    lines, beats = [], []
+    monkeypatch.setattr(start.logging, "warning", lambda text, *args: lines.append(text % args))
+    monkeypatch.setattr(start, "beat", beats.append)
+    a.hub.withheld.add(1)
+    a.rounds.cfg = dataclasses.replace(a.rounds.cfg, on_loss="fewer")
+    finish(a.rounds, timeout_s=0.1, remind_s=0.05)
+    assert "could not be compared with those of site1" in lines[-1]
+    a.rounds.cfg = dataclasses.replace(a.rounds.cfg, on_loss="wait")
+    lines.clear(), beats.clear()
+    thread = threading.Thread(target=finish, args=(a.rounds, 0.1, 0.05))
+    thread.start()
+    assert wait_until(lambda: len(lines) >= 4) and beats[:3] == ["sites"] * 3
+    assert "checksum of site1 is not here" in lines[-1]
+    a.hub.withheld.clear()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_a_code_that_is_not_finite_is_not_used_and_its_site_is_named(accelerated):
+    hub = Hub(2)
+    get = hub.get
+
+    def damaged(sender, kind, fragment, round_):
+        message = get(sender, kind, fragment, round_)
+        if message is None or (sender, kind) != (1, "code"):
+            return message
+        numbers = np.frombuffer(message[0], np.float32).copy()
+        numbers[5] = np.nan
+        return (numbers.tobytes(), *message[1:])
+
+    hub.get = damaged
+    with pytest.raises(Disagreement, match="codes of round 1 of fragment 0 .* that of site site1"):
+        train_together(pair(accelerated, hub, period=4))
+
+
+@pytest.mark.parametrize("finished_step", [None, 4])
+def test_the_oldest_checkpoints_are_refused_only_if_their_run_had_ended(finished_step):
+    meta = {"finished_step": finished_step}
+    assert _read_ends(meta | {"ends": [7]}) == [7] and _read_ends(meta | {"finishes": 1}) == [0]
+    if finished_step is None:
+        assert _read_ends(meta) == []
+    else:
+        with pytest.raises(ValueError, match="must list the steps .* finished_step=4. Set --weig"):
+            _read_ends(meta)
 
 
 def test_codes_are_kept_for_the_newest_checkpoints_and_not_for_those_of_keep_every(accelerated):

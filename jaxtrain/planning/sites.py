@@ -22,6 +22,7 @@ from jaxtrain.planning.sites_model import (
     Schedule,
     SitesLink,
     blocked_s,
+    disk_bytes,
     equal_periods,
     hiding_bytes_per_s,
     nominal_link,
@@ -134,6 +135,9 @@ def plan_sites(cfg: TrainConfig, args: FlagValues) -> int:
         for name, codec in CODECS.items()
     }
     rows = codec_rows(sites, schedule, link, parameters, sizes)
+    for row in rows:
+        args_of = row["round_bytes"], len(sites), period, cfg.save_every, cfg.keep_last
+        row["disk_bytes"] = [disk_bytes(*args_of) / site.hosts for site in sites]
     if args.json:
         found = {"sites": [site._asdict() for site in sites], "link": link._asdict()}
         print(json.dumps(found | {"parameters": parameters, "delay": delay, "codecs": rows}))
@@ -193,7 +197,8 @@ def describe(
             f"  {site.name}: {chips}a step of {site.step_s:.3g} s, {schedule.period} steps a "
             f"round, {schedule.period * site.step_s:,.0f} s"
         )
-    equal = equal_periods([site.step_s for site in sites], schedule.period)
+    steps_s, fragments = [site.step_s for site in sites], len(schedule.fragments)
+    equal = equal_periods(steps_s, schedule.period, fragments)
     if max(equal) > 1.05 * min(equal):
         pairs = ", ".join(f"{site.name} {n}" for site, n in zip(sites, equal, strict=True))
         lines.append(
@@ -209,11 +214,13 @@ def describe(
         "computing, delay 0": lambda row: join(row["blocking"], ".0%"),
         f"computing, delay {schedule.delay}": lambda row: join(row["hidden"], ".0%"),
         "hidden from Mbit/s": lambda row: f"{rate(row) * 8e-6:,.0f}" if rate(row) else "none",
-        "GiB on a host": lambda row: join((b / GIB for b in row["host_bytes"]), ".2f"),
+        "GiB of memory": lambda row: join((b / GIB for b in row["host_bytes"]), ".2f"),
+        "GiB of disk": lambda row: join((b / GIB for b in row["disk_bytes"]), ".2f"),
     }
     lines.append(format_table(rows, columns))
     lines.append(
         "`seconds`: of a round of all fragments. `hidden from`: the payload in each direction with "
-        f"which an exchange takes {schedule.delay} steps."
+        f"which an exchange takes {schedule.delay} steps. `memory`, `disk`: of each host, for the "
+        "outer state and for codes."
     )
     return "\n".join(lines)

@@ -136,9 +136,27 @@ def hiding_bytes_per_s(
     return max(largest / window_s, code_bytes / (schedule.period * step_s))
 
 
-def equal_periods(step_s: Sequence[float], period: int) -> list[int]:
-    """Returns for each site the steps of a round that take as long as `period` of the slowest's."""
-    return [max(1, round(period * max(step_s) / seconds)) for seconds in step_s]
+def equal_periods(step_s: Sequence[float], period: int, fragments: int) -> list[int]:
+    """Returns for each site the steps of a round that take as long as `period` of the slowest's.
+
+    They are multiples of the number of fragments, so that these start at equal shares of a round.
+    """
+    units = [period * max(step_s) / seconds / fragments for seconds in step_s]
+    return [fragments * max(1, round(unit)) for unit in units]
+
+
+def disk_bytes(
+    code_bytes: float, sites: int, period: int, save_every: int, keep_last: int
+) -> float:
+    """Returns the most bytes of codes on one site's disks, over all its hosts together.
+
+    A save removes the received codes that none of the `keep_last` checkpoints before it needs, so
+    those of keep_last + 1 intervals and of a pending round are there just before it, beside the own
+    code of a round, once for each other site. Source: add_outer_state in
+    jaxtrain/sites/outer_state.py.
+    """
+    rounds = math.ceil((keep_last + 1) * save_every / period) + 1
+    return (sites - 1) * (rounds + 1) * code_bytes
 
 
 def outer_bytes(

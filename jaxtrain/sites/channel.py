@@ -50,7 +50,7 @@ class Channel:
         self.outbox = Outbox(peer, owner.mailbox, owner.lock)
         self.inbox = Inbox(link, peer, owner, self._answer)
         self.answers: deque[bytes] = deque()  # frames that go before all others
-        self._closed_wire = (0, 0)
+        self._closed_wire = self._counted_wire = (0, 0)
 
     def __str__(self) -> str:
         return f"process {self.peer[1]} of site {self.peer[0]}"
@@ -68,7 +68,11 @@ class Channel:
     def wire_bytes(self) -> tuple[int, int]:
         """Returns the (sent, received) bytes of all streams that this link ever had."""
         counts = [self._closed_wire, *(stream.wire_bytes() for stream in tuple(self.streams))]
-        return sum(sent for sent, _ in counts), sum(received for _, received in counts)
+        # A stream that ends at this moment may be missing: it is in neither of the two.
+        sums = sum(sent for sent, _ in counts), sum(received for _, received in counts)
+        before = self._counted_wire
+        self._counted_wire = max(sums[0], before[0]), max(sums[1], before[1])
+        return self._counted_wire
 
     async def run(self, stream: Stream) -> None:
         """Sends and receives over a stream until it ends.

@@ -105,7 +105,7 @@ def restore_outer_state(
     """Restores the outer state, starts pending rounds again, and returns the training state.
 
     Raises:
-        ValueError: the checkpoint is that of another site.
+        ValueError: the checkpoint is that of another site, or lacks earlier ends of its run.
     """
     tree, name = dict(tree), rounds.places.names[rounds.places.site]
     if meta["site"] != name:
@@ -119,8 +119,7 @@ def restore_outer_state(
     fragments = meta["fragments"]
     rounds.applied[int(state.step)] = [x["round"] - x["pending"] for x in fragments]
     rounds.finished_step = meta["finished_step"]
-    # Older checkpoints have the number of ends: all were at multiples of the period, as 0 is.
-    rounds.ends = list(meta["ends"] if "ends" in meta else [0] * meta["finishes"])
+    rounds.ends = _read_ends(meta)
     for f, (programs, outer) in enumerate(zip(rounds.places.programs, rounds.outer, strict=True)):
         layout, flatten = programs.layout, programs.flatten
         vectors = {name: layout.to_host(flatten(leaves)) for name, leaves in stored.items()}
@@ -138,3 +137,19 @@ def restore_outer_state(
             copied.set_result(weights)
             rounds.exchange_weights(f, copied)
     return state
+
+
+def _read_ends(meta: dict[str, Any]) -> list[int]:
+    """Returns the steps at which the run of a checkpoint has ended before it was extended."""
+    if "ends" in meta:
+        return list(meta["ends"])
+    # Older checkpoints have the number of ends: all were at multiples of the period, as 0 is. The
+    # oldest ones have none, which matters only if the run has ended.
+    finishes = meta.get("finishes", 0 if meta["finished_step"] is None else None)
+    if finishes is None:
+        raise ValueError(
+            "a checkpoint of an extended run must list the steps at which the run ended before; an "
+            f"older version saved this one, with finished_step={meta['finished_step']}. Set "
+            "--weights to this run's folder and a new --workdir, at all sites."
+        )
+    return [0] * finishes

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain.config.run_sections import SitesConfig
@@ -149,13 +148,14 @@ class Return:
 def _advance_counts(state: Any, steps: int, shardings: Any) -> Any:
     """Returns the state as if so many more steps had been taken: schedules depend on these counts.
 
-    The counts are the int32 scalars of the optimizer's state.
+    The counts are the leaves of the optimizer's state that are named `count`. Other integers, such
+    as the seed of injected noise, stay.
     """
 
     def advance(state):
-        is_count = lambda x: x.dtype == jnp.int32 and x.ndim == 0
-        later = lambda x: x + steps if is_count(x) else x
-        opt_state = jax.tree.map(later, state.opt_state)
+        is_count = lambda path: getattr(path[-1], "name", None) == "count"
+        later = lambda path, x: x + steps if is_count(path) else x
+        opt_state = jax.tree_util.tree_map_with_path(later, state.opt_state)
         return state._replace(step=state.step + steps, opt_state=opt_state)
 
     return jax.jit(advance, donate_argnums=0, out_shardings=shardings)(state)

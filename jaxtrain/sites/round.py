@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol
 
@@ -18,8 +18,9 @@ from jaxtrain.config.run_sections import SitesConfig
 from jaxtrain.distributed.broadcast import gather_texts
 from jaxtrain.sites import BLOCK
 from jaxtrain.sites.checksum import combine_crc32
-from jaxtrain.sites.codec import CODECS, NonFiniteDelta
+from jaxtrain.sites.codec import CODECS, Codec, NonFiniteDelta
 from jaxtrain.sites.decisions import Decision
+from jaxtrain.sites.errors import Disagreement
 from jaxtrain.sites.fragments import DeviceLayout, Programs
 from jaxtrain.sites.layout import Link
 from jaxtrain.sites.ledger import Round
@@ -168,10 +169,33 @@ def run_round(
     reference, momentum = outer_step(
         codec, [codes[k] for k in order], [tokens[k] for k in order], *args
     )
+    others = {places.names[k]: codes[k] for k in order if k != places.site}
+    _check_finite(codec, others, reference, f"round {outer.round} of fragment {f}")
     for vector in filter(len, (reference, momentum, error)):
         layout.clear_padding(vector)
     by_name = lambda values: {places.names[k]: values[k] for k in order}
     return Outcome(reference, momentum, error, by_name(codes), by_name(tokens), arrived)
+
+
+def _check_finite(
+    codec: Codec, codes: Mapping[str, np.ndarray], reference: np.ndarray, which: str
+) -> None:
+    """Raises Disagreement if a site's code contains NaN or an infinity.
+
+    Args:
+        codes: {site: code} of the other sites. A site checks its own one when it encodes it.
+        reference: the new one, which is then not finite either; codes are decoded only if so.
+        which: names the round.
+    """
+    if np.isfinite(np.sum(reference, dtype=np.float64)):
+        return
+    for name, code in codes.items():
+        if not np.isfinite(codec.decode(code, reference.size)).all():
+            raise Disagreement(
+                f"the codes of {which} must be finite; that of site {name} is not, and was not "
+                "used. The memory of one of its hosts may be damaged. Restart all sites from one "
+                "checkpoint."
+            )
 
 
 def part_of_link(layout: DeviceLayout, f: int, link: Link, unit: int = BLOCK) -> slice:

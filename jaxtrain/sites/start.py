@@ -1,6 +1,8 @@
 """Opens the exchange with the other sites of a job, from the sites file and the config."""
 
 import contextlib
+import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +11,7 @@ import jax
 from absl import logging
 
 from jaxtrain.config.train_config import TrainConfig
+from jaxtrain.distributed.heartbeat import beat
 from jaxtrain.distributed.key_value import open_store
 from jaxtrain.model.trees import named_leaves
 from jaxtrain.sites import BLOCK
@@ -18,7 +21,7 @@ from jaxtrain.sites.exchange import Exchange
 from jaxtrain.sites.fragments import build_programs, split_leaves
 from jaxtrain.sites.identity import shared_fields
 from jaxtrain.sites.layout import SitesFile, read_sites_file
-from jaxtrain.sites.rounds import Places, Rounds
+from jaxtrain.sites.rounds import REMIND_S, Places, Rounds
 
 FORMAT = 1  # of codes and messages
 FINISH_S = 600.0  # at the end of a run, to send what other sites have not stored yet
@@ -130,10 +133,12 @@ def describe_rounds(rounds: Rounds) -> Iterator[str]:
         yield f"{len(rounds.log.replay)} recorded rounds are replayed at their recorded steps"
 
 
-def finish(rounds: Rounds, timeout_s: float = FINISH_S) -> None:
+def finish(rounds: Rounds, timeout_s: float = FINISH_S, remind_s: float = REMIND_S) -> None:
     """Compares the final weights with those of the other sites, if the run has reached its end.
 
     Waits until the others have the last messages of this process: nobody could send them later.
+    With sites.on_loss=wait it has no limit before the other sites' final checksums are here, since
+    a site without the last codes waits for ever; with them, a site lacks only checksums.
 
     Raises:
         Disagreement: another site has other final weights.
@@ -148,10 +153,26 @@ def finish(rounds: Rounds, timeout_s: float = FINISH_S) -> None:
             *(places.names[site], places.names[places.site]),
         )
     args = exchange, rounds.layouts, rounds.outer, places.names
-    if late := compare_ends(*args, timeout_s):
+    limit_s = math.inf if rounds.cfg.on_loss == "wait" else timeout_s
+    started_s, waited_s = time.monotonic(), 0.0
+    while late := compare_ends(*args, min(remind_s, limit_s - waited_s)):
+        names, waited_s = ", ".join(late), time.monotonic() - started_s
+        rounds.log.show(f"waits for the end of {names}")  # in the next beat
+        beat("sites")
+        if waited_s >= limit_s:
+            logging.warning(
+                "the final weights could not be compared with those of %s: nothing came in %g s",
+                *(names, timeout_s),
+            )
+            break
         logging.warning(
-            "the final weights could not be compared with those of %s: nothing came in %g s",
-            *(", ".join(late), timeout_s),
+            "waiting for %.0f s at the end of the run: the final checksum of %s is not here, and "
+            "the last codes may not be there. If that site has ended, resume it",
+            *(waited_s, names),
         )
     if not exchange.finish(0.0 if late else timeout_s, without=away):
-        logging.warning("the other sites have not stored the last round in %g s", timeout_s)
+        logging.warning(
+            "the other sites have not stored the last messages in %g s: resume this site if one of "
+            "them still waits for it",
+            timeout_s,
+        )

@@ -26,6 +26,9 @@ CONNECT_S = 3.0  # to connect, and for the greeting to arrive
 STRANGER_S, STRANGERS = 10.0, 64
 UP, DOWN = "up", "down"  # directions: to the leader, from the leader
 RUNNING, CLOSED, UNKNOWN = "running", "closed", "unknown"  # see LeaderChannel.kernel_state
+# The most probes that Linux allows. After the last one without an answer it resets the connection,
+# which looks to the other side as if this process had ended.
+PROBE_S, PROBES = 2, 127
 
 
 class InvalidMessage(Exception):
@@ -106,6 +109,13 @@ class Channel:
         except OSError:
             return math.inf
         return struct.unpack_from("I", info, 56)[0] / 1e3  # tcpi_last_ack_recv, ms
+
+    def probe(self) -> None:
+        """Makes the kernel ask the other side's, every PROBE_S, to acknowledge that it is up."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        values = {"TCP_KEEPIDLE": PROBE_S, "TCP_KEEPINTVL": PROBE_S, "TCP_KEEPCNT": PROBES}
+        for name, value in values.items():
+            self.sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def close(self) -> None:
         self.sock.close()
@@ -202,6 +212,8 @@ class FollowerChannel:
         # that this process has ended, while only one direction of the network may be cut.
         self._former: Channel | None = None
         self._heard_at = self._try_at = 0.0
+        self._accepted_at = -math.inf  # when the leader's kernel last accepted a connection
+        self._closed = False  # it has closed or refused one, and accepted none since
 
     def exchange(self, report: dict[str, Any]) -> dict[str, Any] | None:
         """Sends a report; returns the leader's newest target, or None if none has arrived."""
@@ -218,12 +230,14 @@ class FollowerChannel:
             # it would make the kernel reset the connection and discard that target.
             targets = self._channel.receive(DOWN)
             self._channel.send(report, UP)
-        except (OSError, InvalidMessage, ValueError):
+        except (OSError, InvalidMessage, ValueError) as error:
+            self._closed = self._closed or isinstance(error, ConnectionError)
             self.close()
         if targets:
             self._heard_at = now
         elif self._channel and now - self._heard_at > self._silent_s:
             self._former, self._channel = self._channel, None
+            self._former.probe()
         return targets[-1] if targets else None
 
     def _connect(self) -> Channel | None:
@@ -231,16 +245,32 @@ class FollowerChannel:
         self._try_at = time.monotonic() + 1.0
         try:
             sock = socket.create_connection(self._leader, timeout=CONNECT_S)
-        except OSError:
+        except OSError as error:
+            self._closed = self._closed or isinstance(error, ConnectionRefusedError)
             return None
+        self._closed, self._accepted_at = False, time.monotonic()
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             nonce = _receive_nonce(sock, time.monotonic() + CONNECT_S)
-        except (OSError, ValueError):  # the latter: another service has the leader's port
+        except (OSError, ValueError) as error:
+            self._closed = isinstance(error, ValueError)  # another service has the leader's port
             sock.close()
             return None
         self._heard_at = time.monotonic()
         return Channel(sock, self._token, nonce)
+
+    def kernel_state(self, silent_s: float) -> str:
+        """Returns what is known of a silent leader from its kernel, as LeaderChannel does.
+
+        A kernel accepts connections for a process that a signal has stopped, up to a number. So
+        the connection on which nothing came is probed, too.
+        """
+        if self._closed:
+            return CLOSED
+        channels = [channel for channel in (self._channel, self._former) if channel]
+        is_up = any(channel.acknowledged_s() < silent_s for channel in channels)
+        accepted_s = time.monotonic() - self._accepted_at
+        return RUNNING if is_up or accepted_s < silent_s else UNKNOWN
 
     def close(self) -> None:
         for channel in (self._channel, self._former):
@@ -264,14 +294,3 @@ def _receive_nonce(sock: socket.socket, deadline: float) -> str:
             raise OSError("closed")
         line += data
     return bytes.fromhex(line.decode("ascii")).hex()
-
-
-def endpoint(address: str, port: int) -> str:
-    """Returns `address:port`, with an IPv6 address in brackets. Source: RFC 3986, 3.2.2."""
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
-
-
-def free_port(address: str) -> int:
-    """Returns a port of this address on which nothing listens now."""
-    with bind_tcp(address) as probe:
-        return probe.getsockname()[1]

@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+from launch.host.added_modules import find_added_modules
 from launch.host.hashing import hash_files
 
 Request = dict[str, Any]
@@ -33,6 +34,10 @@ def land(request: Request) -> dict[str, Any]:
     if folder.exists():
         shutil.rmtree(draft, ignore_errors=True)
         _check_code(folder, request, "It was edited on this host. Remove it there, and start again")
+        if added := find_added_modules(folder, request["files"]):
+            problem = f"{', '.join(added[:4])} was added to the code in {folder}"
+            remedy = "Python would import it: remove it there, and start again"
+            raise RuntimeError(f"{problem}. {remedy}")
         os.utime(folder)
         return {"missing": False, "folder": str(folder)}
     folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -3,7 +3,7 @@
 The trainer's are in `jaxtrain/errors.py`; a test checks that the two files agree.
 """
 
-LOST_LEADER = 70  # EX_SOFTWARE: the first host was unreachable for longer than Policy.wait_s
+LOST_LEADER = 70  # EX_SOFTWARE: the first host's supervisor was silent for Policy.wait_s
 WORKER_FAILED = 71  # EX_OSERR: a supervisor's worker raised; supervisor.err has the traceback
 PREEMPTED = 75  # EX_TEMPFAIL: a signal stopped the run after a save; start it again
 REFUSED = 78  # EX_CONFIG: the program reports that the same start would fail again

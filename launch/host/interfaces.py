@@ -76,3 +76,14 @@ def bind_tcp(address: str, port: int = 0) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def endpoint(address: str, port: int) -> str:
+    """Returns `address:port`, with an IPv6 address in brackets. Source: RFC 3986, 3.2.2."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def free_port(address: str) -> int:
+    """Returns a port of this address on which nothing listens now."""
+    with bind_tcp(address) as probe:
+        return probe.getsockname()[1]

@@ -80,9 +80,9 @@ def find_cause(
         lost_s: seconds of silence after which a host counts as lost.
         stopped_s: seconds after which a rank that a signal has stopped is a cause.
         stalls: {(host, rank): seconds without progress}, for ranks that are past their limit.
-        kernels: {host: its LeaderChannel.kernel_state}, for the hosts that are lost.
+        kernels: {host: its kernel_state, see launch.host.channel}, for the hosts that are lost.
     """
-    causes = [*_lost_hosts(silent_s, lost_s, names, kernels), *_stuck_rank(reports, stalls, names)]
+    causes = [*lost_hosts(silent_s, lost_s, names, kernels), *_stuck_rank(reports, stalls, names)]
     for host, report in reports.items():
         if fate := report.get("orphaned"):
             headline = f"{names[host]}: its supervisor {fate}"
@@ -110,7 +110,13 @@ def _moved_hosts(reports, names) -> Iterator[Cause]:
             yield Cause(order, "moved", host, None, None, headline, UNREACHABLE)
 
 
-def _lost_hosts(silent_s, lost_s, names, kernels) -> Iterator[Cause]:
+def lost_hosts(
+    silent_s: Mapping[int, float],
+    lost_s: float,
+    names: Sequence[str],
+    kernels: Mapping[int, str],
+) -> Iterator[Cause]:
+    """Yields a cause for each host that has been silent for longer than lost_s; see find_cause."""
     for host, seconds in silent_s.items():
         if seconds <= lost_s:
             continue

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from launch.host import processes
-from launch.host.channel import FollowerChannel, LeaderChannel, endpoint, free_port
+from launch.host.channel import FollowerChannel, LeaderChannel
 from launch.host.exit_codes import LOST_LEADER
 from launch.host.files import read_json, write_json
-from launch.host.interfaces import interface_of
+from launch.host.interfaces import endpoint, free_port, interface_of
 from launch.host.log import SEGMENTS, Log, own_lines
 from launch.host.ranks import MARGIN_S, LocalRanks
 from launch.host.restart_policy import JobController, Policy
+from launch.host.root_cause import lost_hosts
 from launch.host.webhook import VARIABLE, Webhook
 
 TURN_S = 0.1
@@ -200,14 +201,15 @@ class Supervisor:
         if target:
             self._target, self._target_at = target, now
             return
-        silent_s, name = now - self._target_at, self.names[0]
-        if silent_s > self.policy.lost_s + 3 and not self._target["outcome"]:
+        silent_s, lost_s = now - self._target_at, self.policy.lost_s + 3
+        if silent_s > lost_s and not self._target["outcome"]:
+            kernels = {0: self.leader.kernel_state(self.policy.lost_s)}
+            [cause] = lost_hosts({0: silent_s}, lost_s, self.names, kernels)
             if self._target["do"] != "kill":
-                self.write_log(f"{name} is silent for {silent_s:.0f} s: stopping this host's ranks")
+                self.write_log(f"{cause.headline}. Stopping this host's ranks")
             self._target = self._target | {"do": "kill"}
             if silent_s > self.policy.wait_s:
-                why = f"{name} was unreachable for {self.policy.wait_s:.0f} s"
-                self._target = self._target | {"outcome": {"code": LOST_LEADER, "why": why}}
+                self._target |= {"outcome": {"code": LOST_LEADER, "why": cause.text}}
 
     def _pursue_target(self) -> None:
         """Takes the next action towards the target; every action can safely be repeated."""

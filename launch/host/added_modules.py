@@ -1,0 +1,76 @@
+"""Finds modules that were added to the code on a host and that Python would import."""
+
+import collections
+import importlib.util
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+PACKAGE_FILES = ("__init__.py", "__init__.pyc")
+
+
+def find_added_modules(folder: Path, files: Iterable[str]) -> list[str]:
+    """Returns the files in the code's folder that change what a program imports.
+
+    The folder comes first in Python's search path, so that `numpy.py` there replaces the package.
+    A module in one of the code's packages counts only if it replaces one of the code: what else
+    appears there is what the code builds itself, such as an extension. For the same reason an
+    extension elsewhere, such as a library for ctypes, counts only if it replaces a known module.
+    Other folders are no part of the code: runs, data, caches, environments. Python reads a .pth
+    file only in site-packages.
+
+    Args:
+        files: the code's files, relative to the folder.
+    """
+    sent, modules, names = set(files), collections.defaultdict(set), collections.defaultdict(set)
+    modules[""] = set()
+    for file in sent:
+        parent, _, name = file.rpartition("/")
+        if module := _module(name):
+            modules[parent].add(module)
+        while parent:  # each folder is a module of the one above it
+            above, _, name = parent.rpartition("/")
+            names[above].add(name)
+            parent = above
+    return sorted(
+        path
+        for parent, own in modules.items()
+        for name, path in _modules_in(folder, parent, names[parent])
+        if path not in sent and _is_imported(name, path, own, names[parent])
+    )
+
+
+def _module(file_name: str) -> str:
+    """Returns the name of the module that a file is; "" if it is none."""
+    stem, _, rest = file_name.partition(".")
+    is_module = rest in ("py", "pyc", "so") or rest.endswith(".so")  # x.cpython-311-aarch64.so
+    return stem if is_module and stem.isidentifier() else ""
+
+
+def _modules_in(folder: Path, parent: str, own_folders: set[str]) -> Iterable[tuple[str, str]]:
+    """Yields (name, path relative to the folder) of each module and package in `parent`."""
+    for entry in os.scandir(folder / parent):
+        path = f"{parent}/{entry.name}" if parent else entry.name
+        if entry.is_file():
+            if module := _module(entry.name):
+                yield module, path
+        elif entry.name.isidentifier() and entry.name not in own_folders:
+            for name in PACKAGE_FILES:
+                if os.path.exists(f"{entry.path}/{name}"):
+                    yield entry.name, f"{path}/{name}"
+
+
+def _is_imported(name: str, path: str, own: set[str], own_folders: set[str]) -> bool:
+    if name in own or name in own_folders or name == "__init__":
+        return True
+    if "__init__" in own:  # a package
+        return False
+    return not path.endswith(".so") or _is_known(name)
+
+
+def _is_known(name: str) -> bool:
+    try:
+        return name in sys.stdlib_module_names or importlib.util.find_spec(name) is not None
+    except ValueError:  # it is loaded, without a specification
+        return True
