@@ -144,28 +144,34 @@ class Job:
 def sites_of(name: str) -> dict[str, str]:
     """Returns {site: its newest job} of a job at several sites; {} if the name is not of one."""
     try:
-        return dict(read_json(jobs_folder() / name / "job.json").get("jobs", {}).items())
-    except (OSError, ValueError, AttributeError):  # Job says what is wrong
+        record: Any = read_json(jobs_folder() / name / "job.json")
+    except (OSError, ValueError):  # Job says what is wrong
         return {}
+    jobs = record.get("jobs") if isinstance(record, dict) else None
+    return jobs if isinstance(jobs, dict) else {}
 
 
-def read_jobs(name: str, starting: bool = False) -> list[Job]:
+def read_jobs(name: str, starting: bool = False, exact: bool = False) -> list[Job]:
     """Returns the job of this name; if the name stands for a job at several sites, that of each.
 
     A site's job is the newest that has begun: one whose start failed, or is not done yet, does not
-    hide the job that it continues. The name of a job that was continued leads to it too.
+    hide the job that runs. The name of a job that was continued leads to it too.
 
     Args:
         starting: also return newer jobs that have not begun; another terminal may start them yet.
+        exact: return the job with this id, also if it was continued.
 
     Raises:
         ValueError: this machine has no such job.
     """
     if newest := sites_of(name):
-        return [job for job_id in newest.values() for job in _current(job_id, name, starting)]
-    record = Job(name).record
-    newest = sites_of(record["parent"]) if "parent" in record else {}
-    jobs = _current(newest.get(record.get("site", ""), name), name, starting)
+        return [job for job_id in newest.values() for job in _current(job_id, starting)]
+    job = Job(name)
+    site, parent = job.record.get("site", ""), job.record.get("parent", "")
+    was_current = job.record.get("begun") or job.record.get("continued_as")
+    if exact or not was_current or not (job_id := sites_of(parent).get(site)):
+        return [job]
+    jobs = _current(job_id, starting, oldest=name)
     if jobs[-1].id != name:
         note(f"{name} was continued as {jobs[-1].id}, to which this command applies")
     return jobs
@@ -179,26 +185,21 @@ def note_continuation(name: str, jobs: Sequence[Job]) -> None:
                 note(f"{name} was continued as {later}, which is a job of its own")
 
 
-def _current(job_id: str, name: str, starting: bool) -> list[Job]:
-    """Returns the job that `name` leads to; if `starting`, after the newer ones.
+def _current(job_id: str, starting: bool, oldest: str = "") -> list[Job]:
+    """Returns a site's current job; if `starting`, after the newer ones that may begin yet.
 
     Args:
-        job_id: the newest job of a site, or a job of its own.
-        name: of an older job of the same site, or of the job at several sites.
+        job_id: the newest job of the site.
+        oldest: no job before this one is returned.
     """
-    history = [Job(job_id)]
-    parent = history[0].record.get("parent")
+    job, newer = Job(job_id), []
     with contextlib.suppress(ValueError):  # an older record was deleted
-        while parent and (older := history[-1].record.get("resumes")):
-            if (job := Job(older)).record.get("parent") != parent:
-                break
-            history.append(job)
-    ids = [job.id for job in history]
-    if name != parent and name not in ids:  # a start that failed, and was not continued
-        return [Job(name)]
-    begun = (i for i, job in enumerate(history) if job.record.get("begun"))
-    i = min(next(begun, 0), ids.index(name) if name in ids else len(ids))
-    return history[: i + 1] if starting else [history[i]]
+        while not job.record.get("begun") and job.id != oldest and "replaces" in job.record:
+            replaced = Job(job.record["replaces"])
+            if not job.record.get("outcome"):  # its start has not failed
+                newer.append(job)
+            job = replaced
+    return [*newer, job] if starting else [job]
 
 
 def name_of(jobs: Sequence[Job]) -> str:
@@ -214,7 +215,13 @@ def write_parent(job_id: str, jobs: Mapping[str, str]) -> None:
 
 
 def replace_in_parent(job: Job) -> None:
-    """Makes a new job of one site stand where that site's former job stood, see `read_jobs`."""
-    parent = job.record["parent"]
+    """Makes a new job of one site stand where that site's former job stood, see `read_jobs`.
+
+    That is not always the job that it resumes: another terminal may have resumed it too.
+    """
+    parent, site = job.record["parent"], job.record["site"]
     with open(jobs_folder() / parent / "job.lock", "ab") as file, locked(file):
-        write_parent(parent, sites_of(parent) | {job.record["site"]: job.id})
+        jobs = sites_of(parent)
+        if site in jobs:
+            job.change(replaces=jobs[site])
+        write_parent(parent, jobs | {site: job.id})

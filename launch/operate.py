@@ -57,10 +57,10 @@ def follow(jobs: Sequence[Job], as_json: bool, read_only: bool = False, raw: boo
             to their end first.
     """
     name, begun = name_of(jobs), [job for job in jobs if job.record.get("begun")]
-    text = "job {} never started, so there is no log. `launch.run resume {}` starts its command."
+    errors = [_never_started(job, job.id) for job in jobs if job not in begun]
     if not begun:
-        raise ValueError(text.format(name, name))
-    codes, errors = {}, [text.format(job.id, job.id) for job in jobs if job not in begun]
+        raise ValueError(_never_started(jobs[0], name))
+    codes: dict[str, int] = {}
     for error in errors:
         note(error)
     width = max(len(host.name) for job in begun for host in job.hosts)
@@ -81,6 +81,12 @@ def follow(jobs: Sequence[Job], as_json: bool, read_only: bool = False, raw: boo
     if errors:
         raise HostError("\n".join(errors))
     return min(codes.values(), key=lambda code: (code == 0, code in STOPPED_AS_ASKED))
+
+
+def _never_started(job: Job, name: str) -> str:
+    """Returns why a job, or one of those that `name` stands for, cannot be followed."""
+    why = (job.record.get("outcome") or {}).get("why", "there is no log")
+    return f"job {name} never started: {why}. `launch.run resume {name}` starts its command."
 
 
 def _print_new(monitors: list[JobMonitor], codes: dict[str, int], errors: list[str]) -> None:
@@ -260,7 +266,8 @@ def list_jobs() -> int:
             outcome = record.get("outcome")
             state = "running or not yet seen to end" if record.get("begun") else "never started"
             if outcome:
+                ended = f"exit {outcome['code']}" if record.get("begun") else state
                 why = outcome["why"].partition("\n")[0]
-                state = f"exit {outcome['code']}: {why}"
+                state = f"{ended}: {why}"
             show(f"{path.name}  {' '.join(h['name'] for h in record['hosts'])}  {state}")
     return 0

@@ -1,4 +1,4 @@
-"""Finds the lines of an inventory's keys, which Python's parser of TOML does not tell."""
+"""Finds the lines of an inventory's keys, which Python's parser of TOML does not report."""
 
 import re
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ KEY = rf"\s*({KEY_PART}(?:\s*\.\s*{KEY_PART})*)\s*"  # bare, quoted or dotted
 
 
 class Places:
-    """Tells where a key of the file is, as `hosts.toml:7: host 'h1'`.
+    """Finds the place of a key of the file, as `hosts.toml:7: host 'h1'`.
 
     Args:
         text: of the file, which must be valid TOML.

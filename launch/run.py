@@ -14,7 +14,8 @@ Commands for a job that was started:
                   code; the job must have ended
 
 With --sites, a job JOB.SITE starts at each site, and JOB stands for all of them in every command.
-JOB.SITE means the site's current job, also after a resume.
+JOB.SITE means the site's current job, also after a resume. `logs --exact JOB.SITE` shows the log of
+the first one.
 --for sets a flag of the program at one site.
 
 --env=JAXTRAIN_NOTIFY_URL passes on the address of a webhook. It then receives an alert when a rank
@@ -76,6 +77,7 @@ POLICY_RANGES = {  # of the numbers; otherwise from 0 to YEAR_S
 }
 ENV_HELP = "a variable of the program; NAME passes this machine's value without showing it in ps"
 RAW_HELP = "print the output's control characters as they are: the hosts can steer the terminal"
+EXACT_HELP = "the log of JOB itself, also if a resume has continued it at its site"
 SITES_HELP = "the inventories of several sites; a separate job runs at each"
 BUILD_HELP = "file of pip constraints: build the Python packages on the hosts, once, and use them"
 
@@ -96,6 +98,8 @@ def parse(
         parser.add_argument("job", nargs="?" if ours[0] == "status" else None, metavar="JOB")
         if ours[0] == "stop":
             parser.add_argument("--now", action="store_true", help="kill without a save")
+        if ours[0] == "logs":
+            parser.add_argument("--exact", action="store_true", help=EXACT_HELP)
         args = parser.parse_args(ours)
         if flags:
             parser.error(
@@ -182,8 +186,12 @@ def main(argv: list[str] | None = None, prog: str = "python -m launch.run") -> i
             return start(args, flags)[1]
         if args.job is None:
             return list_jobs()
-        jobs = read_jobs(args.job, starting=args.verb == "stop")
-        note_continuation(args.job, jobs)
+        exact = args.verb == "logs" and args.exact
+        jobs = read_jobs(args.job, starting=args.verb == "stop", exact=exact)
+        if not exact:
+            note_continuation(args.job, jobs)
+            if args.verb == "logs" and len(jobs) == 1 and jobs[0].id != args.job:
+                note(f"`launch.run logs --exact {args.job}` shows the log of {args.job} itself")
         verbs = {
             "attach": lambda: follow(jobs, args.json, raw=args.raw),
             "logs": lambda: follow(jobs, args.json, read_only=True, raw=args.raw),

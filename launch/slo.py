@@ -9,14 +9,14 @@
 
 `record` derives each figure's bound from the spread between the runs, or with fewer than three
 runs from the spread between blocks of steps, which misses differences between runs; for one run it
-needs --provisional, and each check says so. An equal run meets all bounds together with
---confidence, for which each is widened by their number. Every figure has a floor, a tolerance of 1
-to 5 % that runs of equal speed cannot narrow. `check` exits with 0 if all figures are within their
-bounds, with 1 if one is not, and with 2 if the run is not comparable with the baseline because the
-config, the chip, the number of hosts or the versions differ. It exits with 3 if no bound is broken
-but some could not be judged, because the run has too few steps for a percentile. The run of each
-site of a job is checked; of several exit statuses the first of 1, 2 and 3 counts. If
-JAXTRAIN_NOTIFY_URL is set, a breach is also sent to this webhook.
+needs --provisional, and each check says so. `--confidence` is the probability that an equally fast
+run meets all bounds at once, so each bound is wider the more figures are enforced. Every figure has
+a floor, a tolerance of 1 to 5 % that runs of equal speed cannot narrow. `check` exits with 0 if all
+figures are within their bounds, with 1 if one is not, and with 2 if the run is not comparable with
+the baseline because the config, the chip, the number of hosts or the versions differ. It exits with
+3 if no bound is broken but some could not be judged, because the run has too few steps for a
+percentile. The run of each site of a job is checked; of several exit statuses the first of 1, 2 and
+3 counts. If JAXTRAIN_NOTIFY_URL is set, a breach is also sent to this webhook.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from launch.report.slo_tables import bound_text, show_check, show_price, show_re
 from launch.ssh import HostError
 from launch.terminal import show, warn
 
-CONFIDENCE = 0.95  # of all bounds together; 0.99 widens those of three runs 2.3 times
+CONFIDENCE = 0.95  # of all bounds together; 0.99 makes those of 3 runs 2.3 times as wide as 0.95
 BREACH, REFUSED, UNJUDGED = 1, 2, 3  # exit statuses
 
 

@@ -71,10 +71,14 @@ def begin(jobs: Sequence[Job], code: Code, as_json: bool, detach: bool, raw: boo
     try:
         _make_ready(clients, code)
         _start_supervisors(clients)
-    except StoppedError as error:
+    except BaseException as error:  # also an interrupt or SIGTERM
+        why = str(error) if isinstance(error, Exception) else "interrupted"
         for job in jobs:
-            job.change(outcome={"code": STOPPED, "why": str(error)})
-        note(str(error))
+            if not job.record.get("outcome"):  # else `_undo` has recorded more
+                job.change(outcome={"code": STOPPED, "why": why})
+        if not isinstance(error, StoppedError):
+            raise
+        note(why)
         return STOPPED
     if detach:
         command = f"python -m launch.run attach {name_of(jobs)}"
@@ -162,7 +166,8 @@ def _start_supervisors(clients: Sequence[tuple[SshClient, Job]]) -> None:
 def _undo(jobs: Sequence[Job], why: str) -> None:
     """Kills what was started of jobs that did not start everywhere; prints what may be left."""
     for job in jobs:
-        job.change(outcome={"code": STOPPED, "why": why})  # else `attach` could start it again
+        # Without an outcome `attach` could start it again.
+        job.change(begun=None, outcome={"code": STOPPED, "why": why})
     for job in jobs:
         try:
             left = ask_to_stop(job, why, kill=True)[1]

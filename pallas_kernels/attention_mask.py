@@ -18,10 +18,11 @@ def exponent_scale(K: int) -> float:
 def sees_itself(
     batch_size: int, T: int, S: int, docs: Sequence[jax.Array]
 ) -> tuple[jax.Array, ...]:
-    """Returns (where a query sees the key at its own position, [B,T], int32,), or () if all do.
+    """Returns a tuple of one int32 array [B,T]: 1 where a query sees the key at its own position.
 
-    A query whose sum of exponentials is 0 sees no key, or only scores of -inf, whose softmax is
-    nan. This tells them apart.
+    If all queries do, the tuple is empty. A query whose sum of exponentials is 0 sees either no key
+    or only scores of -inf, whose softmax is nan: a query that sees any key is assumed to see that
+    at its own position, as it does wherever queries and keys have the same documents.
 
     Args:
         docs: (docs_BT, docs_BS) or ().

@@ -58,7 +58,7 @@ class Scores(NamedTuple):
 
 
 def _tile_columns(V: int, P: int) -> int:
-    """Returns how many columns a tile has if P hold V; check_head_scores wants a power of two."""
+    """Returns the columns of a tile, of which P cover V; check_head_scores wants powers of two."""
     return 1 << (pl.cdiv(V, P) - 1).bit_length()
 
 

@@ -209,7 +209,10 @@ def find_body_obstacle(op: str, tiles: OpTiles | None, matrices: Iterable[tuple[
     if not refused:
         return ""
     got = ", ".join(f"{M}x{N}" for M, N in refused)
-    return f"Mosaic's takes matrices of a multiple of 64, at least {least}; got {got}"
+    return (
+        "Mosaic's body takes matrices with both sides a multiple of 64, the smaller at least "
+        f"{least}; got {got}"
+    )
 
 
 def _nearest_row(rows, documents, *where) -> BenchRow | None:

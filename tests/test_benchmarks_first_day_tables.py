@@ -9,12 +9,13 @@ import pytest
 
 from jaxtrain import bench
 from jaxtrain.benchmarks import first_day_tables
-from jaxtrain.benchmarks.first_day_figures import kernel_figures
+from jaxtrain.benchmarks.first_day_figures import Figure, kernel_figures
 from jaxtrain.benchmarks.first_day_stages import STAGES
 from jaxtrain.benchmarks.first_day_tables import (
     HEADER,
     TableError,
     TableRow,
+    make_row,
     parse_table,
     write_tables,
 )
@@ -169,6 +170,11 @@ def test_results_replace_what_was_unmeasured_with_card_versions_date_and_commit(
     assert json.loads((checkout / "pallas_kernels/tuned/h100.json").read_text()) == [TUNED]
     for page, text in before.items():  # nothing else of the pages has changed
         assert outside((checkout / page).read_text()) == outside(text) != text
+
+
+def test_a_figure_of_an_earlier_version_has_no_commit():
+    figure = Figure("norm", "1 us", {"date": "2026-11-25T16:00:00Z"}, "kernels")
+    assert make_row(CARD, figure).source == f"{CARD}, 2026-11-25, commit unknown"
 
 
 def test_writing_twice_changes_nothing_and_another_card_adds_rows(day, checkout):

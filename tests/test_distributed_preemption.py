@@ -9,7 +9,7 @@ import time
 import pytest
 
 import runs
-from jaxtrain.distributed.preemption import StopListener, exit_status_of
+from jaxtrain.distributed.preemption import StopListener, end_at_signals, exit_status_of
 from jaxtrain.errors import INTERRUPTED, PREEMPTED
 
 COMPILED = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"  # minutes of C code
@@ -121,6 +121,16 @@ def test_two_equal_signals_at_once_count_as_one():
         time.sleep(0.1)  # a second request would have ended this process
         assert stop.agreed_signal() == signal.SIGTERM
     assert formers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+
+def test_signals_end_a_process_that_has_nothing_left_to_save():
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    formers = [signal.getsignal(number) for number in numbers]
+    with StopListener() as stop:
+        stop.defer_signals("saving")
+        end_at_signals()
+        assert [signal.getsignal(number) for number in numbers] == [signal.SIG_DFL] * 2
+    assert formers == [signal.getsignal(number) for number in numbers]
 
 
 def test_repeated_sighups_do_not_exit_and_a_sigterm_after_them_counts_as_the_first_signal():

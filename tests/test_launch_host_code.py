@@ -1,4 +1,5 @@
 import io
+import os
 import shutil
 import sys
 import tarfile
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from launch.host import code as code_lib
+from launch.host.added_modules import find_added_modules
 from launch.host.hashing import hash_files
 
 
@@ -135,6 +137,17 @@ def test_files_on_a_host_that_change_no_import_are_not_refused(landed):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     assert code_lib.land(request) == {"missing": False, "folder": str(folder)}
+
+
+def test_folders_above_modules_are_searched_and_a_link_to_a_package_is_part_of_the_code(tmp_path):
+    (tmp_path / "src" / "pkg").mkdir(parents=True)
+    for name in ("__init__.py", "a.py"):
+        (tmp_path / "src" / "pkg" / name).touch()
+    os.symlink("src/pkg", tmp_path / "pkg")
+    files = ["pkg", "src/pkg/__init__.py", "src/pkg/a.py"]
+    assert find_added_modules(tmp_path, files) == []
+    (tmp_path / "src" / "numpy.py").touch()
+    assert find_added_modules(tmp_path, files) == ["src/numpy.py"]
 
 
 def test_two_operators_can_send_the_same_code_at_once(tmp_path):

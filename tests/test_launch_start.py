@@ -70,10 +70,12 @@ def continue_east(of="two.east", **record):
 
 def test_a_failed_resume_of_a_site_leaves_its_former_job_in_place(two, monkeypatch, capsys):
     def refuse(*args, **options):
-        assert ids("two", starting=True) == ["two.west", created(), "two.east"]
+        west, created, east = ids("two", starting=True)
+        assert (west, east) == ("two.west", "two.east")
+        new.append(Job(created))
         raise HostError("h: the disk is full")
 
-    created = lambda: next(id_ for id_ in ids("two", starting=True) if id_[:3] != "two")
+    new = []
     monkeypatch.setattr(start, "preflight", refuse)
     for _ in range(2):  # the second one is not refused because of the first
         assert run.main(["resume", "two.east"]) == 1
@@ -83,11 +85,53 @@ def test_a_failed_resume_of_a_site_leaves_its_former_job_in_place(two, monkeypat
         assert run.main([verb, "two"]) == 0
         err = capsys.readouterr().err
         assert "two.west is done" in err and "two.east is done" in err
-    new = Job(created())
-    assert run.main(["stop", "two"]) == 0  # also what another terminal may still be starting
-    assert two == ["two.west", new.id, "two.east"] and new.stop_reason()
-    new.change(begun=time.time())
-    assert ids("two") == ["two.west", new.id]
+    assert run.main(["status"]) == 0
+    assert f"{new[1].id}  e  never started: h: the disk is full" in capsys.readouterr().out
+    assert run.main(["stop", "two"]) == 0 and two == ["two.west", "two.east"]
+    assert ids("two", starting=True) == ["two.west", "two.east"]
+
+
+def test_a_resume_that_a_host_refuses_does_not_hide_the_one_that_runs(two, monkeypatch, capsys):
+    calls, refusal = SshClient.call, "h: job two.east was resumed as another, which is running"
+    started = []
+
+    def make_ready(clients, code):  # another terminal resumes the same job meanwhile
+        started.append(clients[0][1].id)
+        clients[0][1].change(folders={"e": "/code"})
+        if len(started) == 1:
+            assert run.main(["resume", "two.east"]) == 1
+
+    def call(client, host, request, timeout_s=60.0):
+        if request["op"] == "start" and request["job"] != started[0]:
+            raise HostError(refusal)
+        return calls(client, host, request)
+
+    monkeypatch.setattr(start, "_make_ready", make_ready)
+    monkeypatch.setattr(SshClient, "call", call)
+    assert run.main(["resume", "two.east"]) == 0
+    running, refused = started
+    assert two == [refused]  # what had started of it was killed
+    for name in ("two.east", running):
+        assert ids(name) == ids(name, starting=True) == [running]
+    assert ids("two", starting=True) == ["two.west", running] and ids(refused) == [refused]
+    assert run.main(["attach", refused]) == 1 and refusal in capsys.readouterr().err
+    monkeypatch.setattr(SshClient, "call", calls)
+    for name, newest in (("two.east", 2), (refused, 3)):  # also the refused one can be resumed
+        assert run.main(["resume", name]) == 0
+        assert ids("two.east") == ids(name) == [started[newest]]
+
+
+def test_logs_with_exact_shows_a_job_that_was_continued(two, capsys):
+    newest = continue_east(begun=1.0)
+    assert run.main(["logs", "two.east"]) == 0
+    err = capsys.readouterr().err
+    assert f"{newest.id} is done" in err and "logs --exact two.east` shows" in err
+    for name in ("two.east", newest.id):
+        assert run.main(["logs", "--exact", name]) == 0
+        err = capsys.readouterr().err
+        assert f"{name} is done" in err and "continued" not in err
+    assert run.main(["logs", "--exact", "two"]) == 0
+    assert f"{newest.id} is done" in capsys.readouterr().err
 
 
 def test_a_stop_ends_a_resume_that_is_checking_the_hosts(two, monkeypatch, capsys):

@@ -57,6 +57,13 @@ def test_a_resumed_run_replays_the_rounds_after_its_checkpoint_even_if_it_crashe
     assert list(book.replay) == [(0, 4), (0, 5)]
 
 
+def test_a_resumed_run_knows_since_when_a_site_has_had_no_part(tmp_path):
+    alone = {"participants": ("a",)}
+    _write(tmp_path, 0, _round(1), _round(2, **alone), _round(3, **alone), _round(4))
+    ends = {applied: _write(tmp_path, applied)[0].absent for applied in (4, 3, 2, 1)}
+    assert ends == {4: {}, 3: {"b": 2}, 2: {"b": 2}, 1: {}}
+
+
 def test_a_round_that_is_pending_in_the_checkpoint_of_its_step_is_replayed(tmp_path):
     late = _round(1, applied=150)  # the run resumed from step 150, where it was pending, twice
     _write(tmp_path, 0, late)

@@ -209,6 +209,7 @@ def test_at_the_end_a_site_waits_for_the_others_without_a_limit_unless_it_may_go
     lines, beats = [], []
     monkeypatch.setattr(start.logging, "warning", lambda text, *args: lines.append(text % args))
     monkeypatch.setattr(start, "beat", beats.append)
+    monkeypatch.setattr(start, "end_at_signals", lambda: beats.append("a signal ends it"))
     a.hub.withheld.add(1)
     a.rounds.cfg = dataclasses.replace(a.rounds.cfg, on_loss="fewer")
     finish(a.rounds, timeout_s=0.1, remind_s=0.05)
@@ -217,8 +218,8 @@ def test_at_the_end_a_site_waits_for_the_others_without_a_limit_unless_it_may_go
     lines.clear(), beats.clear()
     thread = threading.Thread(target=finish, args=(a.rounds, 0.1, 0.05))
     thread.start()
-    assert wait_until(lambda: len(lines) >= 4) and beats[:3] == ["sites"] * 3
-    assert "checksum of site1 is not here" in lines[-1]
+    assert wait_until(lambda: len(lines) >= 4) and beats[:2] == ["a signal ends it", "sites"]
+    assert "checksum of site1 has not arrived" in lines[-1]
     a.hub.withheld.clear()
     thread.join(10)
     assert not thread.is_alive()

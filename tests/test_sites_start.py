@@ -13,9 +13,10 @@ from jaxtrain.config.train_config import (
     flatten,
     freeze,
 )
-from jaxtrain.sites.identity import SITE_FIELDS, shared_fields
+from jaxtrain.sites.identity import SITE_FIELDS, STARTS, shared_fields
 from jaxtrain.sites.outer_state import check_same_rounds
 from jaxtrain.sites.start import read_membership
+from jaxtrain.training import resume
 from jaxtrain.training.resume import start_state
 
 TWO = TrainConfig(sites=SitesConfig(period=10))
@@ -92,7 +93,7 @@ def test_fragments_must_start_at_the_same_fraction_of_each_sites_period():
         TrainConfig(steps=steps, sites=SitesConfig(period=period, fragments=n))
     )
     different = given(22, 15, 2).items() - given(44, 30, 2).items()
-    assert dict(different) == {"starts of sites.fragments / sites.period": '"0 7/15"'}
+    assert dict(different) == {STARTS: '"0 7/15"'}
     assert given(44, 30, 2) == given(88, 60, 2) and given(22, 15, 1) == given(44, 30, 1)
 
 
@@ -109,12 +110,21 @@ def test_each_field_that_sites_or_a_hash_leave_out_exists():
     + [("momentum", 0.0), ("error_decay", 1.0), ("delay", 5)],
 )
 def test_a_resumed_run_refuses_other_rounds_before_it_restores_anything(tmp_path, name, value):
-    stored = flatten(TrainConfig(workdir=str(tmp_path), sites=SitesConfig(period=30)))
+    before = SitesConfig(period=30, codec="int8")
+    stored = flatten(TrainConfig(workdir=str(tmp_path), sites=before))
     checkpoints = SimpleNamespace(read_meta=lambda: {"config": stored})
-    sites = dataclasses.replace(SitesConfig(period=30), **{name: value})
+    sites = dataclasses.replace(before, **{name: value})
     run = SimpleNamespace(cfg=TrainConfig(workdir=str(tmp_path), sites=sites))
     with pytest.raises(ValueError, match=rf"got sites.{name}={value!r}, not .*--sites.{name} as"):
         start_state(run, checkpoints, None, None)
+
+
+def test_a_branch_of_a_two_site_run_may_train_alone(monkeypatch):
+    stored = flatten(TrainConfig(sites=SitesConfig(period=30)))
+    checkpoints = SimpleNamespace(read_meta=lambda: {"config": stored})
+    monkeypatch.setattr(resume, "read_branch", lambda workdir: {"step": 90})
+    with pytest.raises(AttributeError, match="'model'"):  # which it restores after the check
+        start_state(SimpleNamespace(cfg=TrainConfig()), checkpoints, None, None)
 
 
 def test_a_resumed_run_may_hide_the_exchange_for_longer_and_wait_less_long_for_a_site():

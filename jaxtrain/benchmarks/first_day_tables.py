@@ -68,7 +68,8 @@ def merge_rows(old: Sequence[TableRow], new: Sequence[TableRow]) -> list[TableRo
 
 def make_row(card: str, figure: Figure) -> TableRow:
     """Returns the row of a figure, with the date and the commit at which it was measured."""
-    source = f"{card}, {figure.source['date'][:10]}, {figure.source['commit'][:7]}"
+    date, commit = (figure.source.get(key, "unknown") for key in ("date", "commit"))
+    source = f"{card}, {date[:10]}, {commit[:7] if commit != 'unknown' else 'commit unknown'}"
     return TableRow(figure.what, figure.text, source, COMMAND.format(figure.stages))
 
 

@@ -241,7 +241,7 @@ def flatten(config: TrainConfig) -> dict[str, Any]:
 
 
 def flatten_without(config: TrainConfig, names: Sequence[str]) -> dict[str, Any]:
-    """Returns {flag: value} without these fields, and without these sections, written as NAME. ."""
+    """Returns {flag: value} without the named fields and sections; `optim.` names a section."""
     sections = tuple(name for name in names if name.endswith("."))
     flat = flatten(config).items()
     return {k: v for k, v in flat if k not in names and not k.startswith(sections)}

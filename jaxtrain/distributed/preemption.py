@@ -116,6 +116,14 @@ def exit_status_of(number: int) -> int:
     return INTERRUPTED if number == signal.SIGINT else PREEMPTED
 
 
+def end_at_signals() -> None:
+    """Lets the next signal end this process at once: nothing is left that it must save."""
+    if threading.current_thread() is threading.main_thread():  # Python refuses it elsewhere
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+
+
 class StopListener(SignalListener):
     """Receives the signal that stops a run.
 

@@ -21,7 +21,7 @@ LARGEST_CONTROL = 1 << 20
 HEADER = struct.Struct("!cII")
 CHUNK_HEADER = struct.Struct("!BIQI")
 HELLO, OFFER, HAVE, CHUNK, STORED, PING = (bytes([i]) for i in b"HOACSP")
-NO_RECORD = -1  # in STORED, the CRC of a code that never came and is too old to be accepted
+NO_RECORD = -1  # in STORED instead of a CRC: the code never came, and is now too old to be accepted
 KINDS = ("code", "decision", "request", "state", "end")
 
 

@@ -15,6 +15,10 @@ SITE_FIELDS = (
     *("eval.", "profile.", "export.", "notify.", "workdir", "compile_cache", "deterministic"),
     "weights",
 )
+STARTS = (
+    "starts of the fragments as shares of sites.period (equal if each site's period is a multiple "
+    "of sites.fragments)"
+)
 
 
 def shared_fields(config: TrainConfig) -> dict[str, str]:
@@ -22,9 +26,8 @@ def shared_fields(config: TrainConfig) -> dict[str, str]:
     fields, sites = flatten_without(config, SITE_FIELDS), config.sites
     fields["steps / sites.period"] = str(Fraction(config.steps, sites.period))
     if sites.fragments > 1:
-        # With other rounding, an extended run would have other numbers of rounds. Periods that are
-        # multiples of sites.fragments have equal starts.
+        # With other rounding, an extended run would have other numbers of rounds.
         starts = [f * sites.period // sites.fragments for f in range(sites.fragments)]
         fractions = [str(Fraction(start, sites.period)) for start in starts]
-        fields["starts of sites.fragments / sites.period"] = " ".join(fractions)
+        fields[STARTS] = " ".join(fractions)
     return {name: json.dumps(value) for name, value in fields.items()}

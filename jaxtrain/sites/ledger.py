@@ -69,6 +69,7 @@ class Ledger:
 
     Attributes:
         replay: {(fragment, round): the round} to be applied at exactly its applied_step.
+        absent: {site: round since which it has had no part} after the applied rounds.
 
     Raises:
         ValueError: a line is invalid.
@@ -78,6 +79,7 @@ class Ledger:
     def __init__(self, workdir: Path, applied: Sequence[int]):
         self._path = Path(workdir) / FILE
         self.replay, remaining = split_ledger(workdir, applied)
+        self.absent = absent_since(remaining)
         # The lines are in the second file before they leave the first one.
         _rewrite(self._path.with_name(REPLAY_FILE), list(self.replay.values()))
         _rewrite(self._path, remaining)
@@ -123,6 +125,19 @@ def split_ledger(
     remaining = [entry for entry in newest if entry.round <= applied[entry.fragment]]
     replay = [entry for entry in newest if entry.round > applied[entry.fragment]]
     return {entry.place: entry for entry in replay}, remaining
+
+
+def absent_since(rounds: Sequence[Round]) -> dict[str, int]:
+    """Returns {site that had a part before, and none in the newest: the first round without it}."""
+    absent: dict[str, int] = {}
+    known: set[str] = set()
+    for entry in rounds:
+        known.update(entry.participants)
+        for site in known.difference(entry.participants):
+            absent.setdefault(site, entry.round)
+        for site in entry.participants:
+            absent.pop(site, None)
+    return absent
 
 
 def read_ledger(path: str | Path) -> list[Round]:

@@ -34,6 +34,8 @@ def check_same_rounds(cfg: SitesConfig, stored: Mapping[str, Any]) -> None:
         **{name: stored[f"sites.{name}"] for name in vars(cfg) if f"sites.{name}" in stored}
     )
     changed = [name for name in SAME if getattr(cfg, name) != getattr(theirs, name)]
+    if cfg.codec == theirs.codec == "float32":  # loses nothing
+        changed = [name for name in changed if name != "error_decay"]
     if bool(cfg.delay) != bool(theirs.delay):  # only with a delay the checkpoint has the weights
         changed.append("delay")
     if not cfg.period or not theirs.period:  # the other fields are unused

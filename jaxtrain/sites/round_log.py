@@ -33,12 +33,13 @@ class RoundLog:
         """
         self.note = note
 
-        def open_files() -> dict[str, int]:
+        def open_files() -> tuple[dict[str, int], dict[str, int]]:
             self._ledger = Ledger(workdir, applied)
             lines = self._ledger.replay.values()
-            return {f"{line.fragment} {line.round}": line.applied_step for line in lines}
+            steps = {f"{line.fragment} {line.round}": line.applied_step for line in lines}
+            return steps, self._ledger.absent  # JSON has no tuples as keys
 
-        steps = broadcast_from_process_0(open_files)  # JSON has no tuples as keys
+        steps, self._absent = broadcast_from_process_0(open_files)
         for key, step in steps.items():
             fragment, number = map(int, key.split())
             self.replay[fragment, number] = step

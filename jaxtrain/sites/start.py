@@ -13,6 +13,7 @@ from absl import logging
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.distributed.heartbeat import beat
 from jaxtrain.distributed.key_value import open_store
+from jaxtrain.distributed.preemption import end_at_signals
 from jaxtrain.model.trees import named_leaves
 from jaxtrain.sites import BLOCK
 from jaxtrain.sites.decisions import LEADER
@@ -137,8 +138,9 @@ def finish(rounds: Rounds, timeout_s: float = FINISH_S, remind_s: float = REMIND
     """Compares the final weights with those of the other sites, if the run has reached its end.
 
     Waits until the others have the last messages of this process: nobody could send them later.
-    With sites.on_loss=wait it has no limit before the other sites' final checksums are here, since
-    a site without the last codes waits for ever; with them, a site lacks only checksums.
+    With sites.on_loss=wait it waits without a limit for the others' final checksums: a site that
+    has not sent them may still need the last codes of this one. A site that has sent them needs
+    only the checksum of this one, so that wait is limited. All is saved, so a signal ends the wait.
 
     Raises:
         Disagreement: another site has other final weights.
@@ -156,6 +158,7 @@ def finish(rounds: Rounds, timeout_s: float = FINISH_S, remind_s: float = REMIND
     limit_s = math.inf if rounds.cfg.on_loss == "wait" else timeout_s
     started_s, waited_s = time.monotonic(), 0.0
     while late := compare_ends(*args, min(remind_s, limit_s - waited_s)):
+        end_at_signals()
         names, waited_s = ", ".join(late), time.monotonic() - started_s
         rounds.log.show(f"waits for the end of {names}")  # in the next beat
         beat("sites")
@@ -166,8 +169,9 @@ def finish(rounds: Rounds, timeout_s: float = FINISH_S, remind_s: float = REMIND
             )
             break
         logging.warning(
-            "waiting for %.0f s at the end of the run: the final checksum of %s is not here, and "
-            "the last codes may not be there. If that site has ended, resume it",
+            "waiting for %.0f s at the end of the run: the final checksum of %s has not arrived, "
+            "so it may still need the last codes of this site. If its job has ended, resume it; or "
+            "stop this site, which has saved everything",
             *(waited_s, names),
         )
     if not exchange.finish(0.0 if late else timeout_s, without=away):

@@ -42,7 +42,7 @@ def start_state(
     branch = broadcast_from_process_0(lambda: read_branch(run.cfg.workdir))
     stored = broadcast_from_process_0(lambda: newest_config(checkpoints))
     check_resumed(run.cfg.model, stored)
-    if stored:
+    if stored and (rounds or not branch):  # a branch begins with a checkpoint of another run
         check_same_rounds(run.cfg.sites, stored)
     try:
         template = abstract_state(run.model, run.optimizer, run.mesh)

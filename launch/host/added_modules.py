@@ -27,12 +27,16 @@ def find_added_modules(folder: Path, files: Iterable[str]) -> list[str]:
     modules[""] = set()
     for file in sent:
         parent, _, name = file.rpartition("/")
-        if module := _module(name):
+        module = _module(name)
+        if module:
             modules[parent].add(module)
-        while parent:  # each folder is a module of the one above it
-            above, _, name = parent.rpartition("/")
+        path = file
+        while path:  # folders are searched, too, and each is a module of the one above it
+            above, _, name = path.rpartition("/")
             names[above].add(name)
-            parent = above
+            if module:
+                modules[above]
+            path = above
     return sorted(
         path
         for parent, own in modules.items()

@@ -36,7 +36,10 @@ def land(request: Request) -> dict[str, Any]:
         _check_code(folder, request, "It was edited on this host. Remove it there, and start again")
         if added := find_added_modules(folder, request["files"]):
             problem = f"{', '.join(added[:4])} was added to the code in {folder}"
-            remedy = "Python would import it: remove it there, and start again"
+            remedy = (
+                "Python would import it: remove it there, and start again. If the program writes "
+                "it, let it write into one of its packages, or outside of the code"
+            )
             raise RuntimeError(f"{problem}. {remedy}")
         os.utime(folder)
         return {"missing": False, "folder": str(folder)}

@@ -228,7 +228,7 @@ class RunFolder:
         """`done` or `stopped by SIGTERM`; before the end `running` or `silent for 3 min 20 s`.
 
         Hosts' clocks differ, so a record's time is compared with the clock of the host that wrote
-        it. Where that is unknown, it is the file's time that counts.
+        it. Where that is unknown, the time of the file's last change is used.
         """
         if self.summary:
             stopped = self.summary.get("stopped_by")
