@@ -144,6 +144,7 @@ def run_fake(monkeypatch, tmp_path, *argv, names=(ATTENTION, DOCUMENTS, HEAD, SQ
     return json.loads(out.read_text())["contests"]
 
 
+@pytest.mark.long
 def test_a_kernel_that_hangs_crashes_or_is_wrong_costs_only_its_own_row(
     monkeypatch, tmp_path, capsys
 ):
