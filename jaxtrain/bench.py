@@ -211,7 +211,8 @@ def _run(args: argparse.Namespace) -> None:
     for name in CPU_SUITES if args.suite == "all" else [args.suite]:
         for new_rows, text in SUITES[name](args, args.rounds or ROUNDS.get(name)):
             # A later call may continue these rows at another commit.
-            rows += [processor.date_and_commit() | row | trial for row in new_rows]
+            measured = processor.date_and_commit()
+            rows += [measured | row | trial for row in new_rows]
             if args.json:  # after each result, so that an interrupted run loses none
                 write_atomic(args.json, "".join(strict_json(row) + "\n" for row in rows))
             show(text if name in NAMED_SUITES else f"\n== {name}\n{text}")

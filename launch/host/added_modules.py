@@ -24,24 +24,24 @@ def find_added_modules(folder: Path, files: Iterable[str]) -> list[str]:
         files: the code's files, relative to the folder.
     """
     sent, modules, names = set(files), collections.defaultdict(set), collections.defaultdict(set)
-    modules[""] = set()
+    searched = {""}  # the folders above modules
     for file in sent:
         parent, _, name = file.rpartition("/")
         module = _module(name)
         if module:
             modules[parent].add(module)
         path = file
-        while path:  # folders are searched, too, and each is a module of the one above it
+        while path:  # each folder is a module of the one above it, too
             above, _, name = path.rpartition("/")
             names[above].add(name)
             if module:
-                modules[above]
+                searched.add(above)
             path = above
     return sorted(
         path
-        for parent, own in modules.items()
+        for parent in searched
         for name, path in _modules_in(folder, parent, names[parent])
-        if path not in sent and _is_imported(name, path, own, names[parent])
+        if path not in sent and _is_imported(name, path, modules[parent], names[parent])
     )
 
 
@@ -52,21 +52,21 @@ def _module(file_name: str) -> str:
     return stem if is_module and stem.isidentifier() else ""
 
 
-def _modules_in(folder: Path, parent: str, own_folders: set[str]) -> Iterable[tuple[str, str]]:
+def _modules_in(folder: Path, parent: str, own_names: set[str]) -> Iterable[tuple[str, str]]:
     """Yields (name, path relative to the folder) of each module and package in `parent`."""
     for entry in os.scandir(folder / parent):
         path = f"{parent}/{entry.name}" if parent else entry.name
         if entry.is_file():
             if module := _module(entry.name):
                 yield module, path
-        elif entry.name.isidentifier() and entry.name not in own_folders:
+        elif entry.name.isidentifier() and entry.name not in own_names:
             for name in PACKAGE_FILES:
                 if os.path.exists(f"{entry.path}/{name}"):
                     yield entry.name, f"{path}/{name}"
 
 
-def _is_imported(name: str, path: str, own: set[str], own_folders: set[str]) -> bool:
-    if name in own or name in own_folders or name == "__init__":
+def _is_imported(name: str, path: str, own: set[str], own_names: set[str]) -> bool:
+    if name in own or name in own_names or name == "__init__":
         return True
     if "__init__" in own:  # a package
         return False
