@@ -182,7 +182,7 @@ def note_continuation(name: str, jobs: Sequence[Job]) -> None:
     for later in {later for job in jobs if (later := job.record.get("continued_as"))}:
         with contextlib.suppress(ValueError):  # its record was deleted
             if any(job.record.get("begun") for job in read_jobs(later)):
-                note(f"{name} was continued as {later}, which is a job of its own")
+                note(f"{name} was continued as {later}, to which this command does not apply")
 
 
 def _current(job_id: str, starting: bool, oldest: str = "") -> list[Job]:
