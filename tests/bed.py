@@ -20,11 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import relay
 
 OPERATOR = "operator"  # the operator's name on a relay
+NETWORKS = 250  # 10.77.0.0/24 and the following ones
 QUEUE = "5000"  # packets that a device queues until the relay reads them
 INIT = r"""
 set -e
@@ -75,6 +77,22 @@ def check_output(*argv: str) -> str:
     return subprocess.run(argv, check=True, capture_output=True, text=True).stdout
 
 
+@contextlib.contextmanager
+def own_network() -> Iterator[str]:
+    """Yields the first three numbers of a /24 network that no other bed of this machine has."""
+    for number in secrets.SystemRandom().sample(range(NETWORKS), NETWORKS):
+        network = f"10.77.{number}"
+        with socket.socket(socket.AF_UNIX) as owner:
+            try:
+                owner.bind(f"\0jaxtrain-bed-{network}")  # the kernel frees it with the process
+            except OSError:
+                continue
+            if f" {network}." not in check_output("ip", "-oneline", "-4", "addr"):
+                yield network
+                return
+    raise RuntimeError(f"all {NETWORKS} networks of beds are in use: `ip link` lists jb*")
+
+
 class Bed:
     """`count` hosts, h0 to h{count-1}. A context manager.
 
@@ -90,12 +108,13 @@ class Bed:
 
     def __init__(self, count: int = 3, shared: Path | str | None = None, relayed: bool = False):
         self.names = [f"h{i}" for i in range(count)]
-        self.tag, self.net = secrets.token_hex(2), f"10.77.{secrets.randbelow(250)}"
-        self.address = {name: f"{self.net}.{i + 1}" for i, name in enumerate(self.names)}
+        self.tag, self.address = secrets.token_hex(2), {}
         self.shared, self._inits, self.relayed = str(shared or ""), {}, relayed
 
     def __enter__(self):
         with contextlib.ExitStack() as stack:
+            self.net = stack.enter_context(own_network())
+            self.address |= {name: f"{self.net}.{i + 1}" for i, name in enumerate(self.names)}
             self.folder = Path(tempfile.mkdtemp(prefix="jaxtrain-bed-"))
             stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
             (self.folder / "disks").mkdir()  # they survive a power loss

@@ -24,7 +24,10 @@ folders = {}  # of the forks that run
 
 def store_statuses(*_):
     while folders:
-        pid, status = os.waitpid(-1, os.WNOHANG)
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:  # a signal during this call ran the function in between
+            return
         if not pid:
             return
         path = folders.pop(pid) + "/status"
