@@ -172,7 +172,7 @@ def parse(argv: Sequence[str] | None, prog: str = "python -m launch.compare") ->
         "--seed",
         type=bounded(int, 0, 2**32 - 1),
         default=SEED,
-        help="of the bootstrap [%(default)s]",
+        help="seed of the bootstrap [%(default)s]",
     )
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON")
     args = parser.parse_intermixed_args(argv)

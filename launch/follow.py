@@ -25,7 +25,7 @@ class JobMonitor:
     """Follows all hosts of a job and prints their logs. A context manager.
 
     A line of a program's output stands after `host | `, a line of the launcher after `host # `.
-    Control characters are escaped, but for colours.
+    Control characters are escaped, except those that choose colours.
 
     Args:
         as_json: print objects {"host", "from": "program" or "launch", "line"} instead.
@@ -90,7 +90,7 @@ class JobMonitor:
             self._rests[host] = rest[-LINE_BYTES:]
             self._lines.extend((host, line) for line in lines)
             self._print_lines()
-        # In this order: of a host that has ended, no more events come.
+        # In this order: a host that has ended sends no more events.
         if self._is_over() and self.events.empty() and (outcome := self._outcome()):
             return outcome
         self.report_absent_hosts()
@@ -129,9 +129,9 @@ class JobMonitor:
         return all(f.ended or self._is_away(f) for f in self.followers)
 
     def _outcome(self) -> dict[str, Any] | None:
-        """Returns the first host's outcome or, if that is lost, that of another host.
+        """Returns the first host's outcome or, if that host was lost, that of another one.
 
-        Another host that lost the first one gave up waiting.
+        The latter says that the other host gave up waiting for the first one.
         """
         outcomes = [f.status["outcome"] for f in self.followers if f.status.get("outcome")]
         outcome = outcomes[0] if outcomes else self._stored_record().get("outcome")
@@ -157,7 +157,10 @@ class JobMonitor:
             mark = "ROOT CAUSE " if first else ""
             note(f"{mark}{host.name}: unreachable from here for {AWAY_S:.0f} s: {away[host]}")
             if len(away) == len(self.followers):
-                note("no host answers: this machine may be offline. The job does not need it.")
+                lease_s = self.job.policy.lease_s
+                end = f"stops {lease_s:.0f} s after its last terminal, unless it was detached"
+                end = end if lease_s else "runs on without it"
+                note(f"no host answers: this machine may be offline. The job {end}.")
         for host in self._away - away.keys():
             note(f"{host.name}: reachable again")
         self._away = set(away)

@@ -22,8 +22,8 @@ the first one.
 is stuck, and when the job restarts, fails or is done.
 
 Arguments after `--` go to the program (jaxtrain.train). The exit status is the job's: 0 done, 75
-stopped after a save, 143 stopped with nothing to save, otherwise that of the root cause. The hosts
-need sshd and Python 3.11 with the project's dependencies; this machine needs Python, git and ssh.
+stopped after a save, 143 stopped without one, otherwise that of the root cause. The hosts need
+sshd and Python 3.11 with the project's dependencies; this machine needs Python, git and ssh.
 For hosts.toml see launch/inventory.py.
 """
 

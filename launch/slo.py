@@ -7,16 +7,18 @@
     python -m launch.slo price --against=a40x8.json --prices=docs/prices.toml \\
         --tokens=2.5e9 --deadline=7d --availability=0.95
 
-`record` derives each figure's bound from the spread between the runs, or with fewer than three
-runs from the spread between blocks of steps, which misses differences between runs; for one run it
-needs --provisional, and each check says so. `--confidence` is the probability that an equally fast
-run meets all bounds at once, so each bound is wider the more figures are enforced. Every figure has
-a floor, a tolerance of 1 to 5 % that runs of equal speed cannot narrow. `check` exits with 0 if all
-figures are within their bounds, with 1 if one is not, and with 2 if the run is not comparable with
-the baseline because the config, the chip, the number of hosts or the versions differ. It exits with
-3 if no bound is broken but some could not be judged, because the run has too few steps for a
-percentile. The run of each site of a job is checked; of several exit statuses the first of 1, 2 and
-3 counts. If JAXTRAIN_NOTIFY_URL is set, a breach is also sent to this webhook.
+`record` derives each figure's bound from the spread between the runs. With fewer than three runs it
+takes the spread between blocks of steps, which misses differences between runs; a single run needs
+--provisional, and each check says so. `--confidence` is the probability that an equally fast run
+meets all bounds at once, so each bound is wider the more figures are enforced. The tolerance of a
+figure is at least its floor, 1 to 5 %, however well the runs agree.
+
+`check` exits with the first of these that applies to the run, or to that of any site of a job:
+  1  a bound is broken; if JAXTRAIN_NOTIFY_URL is set, this is also sent to that webhook
+  2  the run is not comparable with the baseline, because the config, the chip, the number of
+     devices, hosts or processes, or the versions differ; or it cannot be read
+  3  some bounds could not be judged: the run has too few steps for a percentile
+  0  all bounds are met
 """
 
 import argparse
@@ -202,7 +204,7 @@ def parse(argv: Sequence[str] | None, prog: str = "python -m launch.slo") -> arg
         "--confidence",
         type=float,
         default=CONFIDENCE,
-        help="that an equal run meets all bounds together [%(default)s]",
+        help="probability that an equal run meets all bounds [%(default)s]",
     )
     checking = add("check", "check a run against a baseline")
     checking.add_argument("run", metavar="RUN", help="a run directory or a job")

@@ -5,12 +5,13 @@
     python -m launch.summary runs/quickstart --follow      # again every 10 s, until it ends
     python -m launch.summary 1125-142201-9f3c --follow     # a job of launch.run, over SSH
 
-The page is one file without scripts or external resources, and is readable on a phone. A job's run
-directory is the one that the trainer named at its start; its files are copied into the job's local
-folder. A job at several sites has a column for each; if one cannot be read, the others are shown
-and the exit status is 1. Branches and averages of a run in the same
-folder as the run are drawn as a tree. The gradient noise that a run has measured with
---diagnose_every proposes its next data.batch_schedule.
+The page is one file without scripts or external resources, and is readable on a phone. Below the
+table, branches and averages in the same folder as a run are drawn as a tree, and the gradient noise
+that --diagnose_every has measured proposes the next data.batch_schedule.
+
+The run directory that a job's trainer named at its start is copied into the job's local folder. A
+job at several sites has a column for each; if one cannot be read, the others are shown and the exit
+status is 1.
 """
 
 import argparse

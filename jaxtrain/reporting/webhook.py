@@ -153,7 +153,7 @@ class Webhook:
         """Queues an alert and returns at once.
 
         Args:
-            event: what happened, in a word: diverged, stuck, restarted, straggler, breach, done.
+            event: what happened, in a word, such as diverged, stuck, restarted, failed or done.
         """
         if not self._address:
             return

@@ -78,7 +78,7 @@ def add_outer_state(
         state: the training state after `step`.
         stored_steps: those of complete checkpoints, in order.
         keep_last: number of newest checkpoints from which the run must be able to resume. Codes
-            that only older ones needed are removed: those of --keep_every stay for ever.
+            that only older ones need are removed: checkpoints of --keep_every are never deleted.
     """
     rounds.exchange.flush()
     rounds.applied[step] = rounds.applied_rounds()

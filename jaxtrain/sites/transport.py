@@ -211,7 +211,7 @@ class Transport:
     # What the channels and connections call.
 
     def fail(self, error: Exception) -> None:
-        """Stops the exchange: this thread's next call raises the error."""
+        """Stops the exchange: every later call, in any thread, raises the error."""
         with self.lock:
             self._error = self._error or error
             self.lock.notify_all()

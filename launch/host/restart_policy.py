@@ -55,7 +55,7 @@ class JobController:
         log: writes a text to the job's log.
         attempt: the number of the job's last attempt; 0 for a new job.
         now: seconds of a monotonic clock.
-        alert: is told of events by kind and text: stuck, restarted, failed, stopped, done.
+        alert: called with the event (stuck, restarted, failed, stopped, done) and a text.
     """
 
     def __init__(
@@ -125,9 +125,9 @@ class JobController:
         self.state, self._since = state, now
 
     def _can_save(self) -> bool:
-        """Returns whether SIGTERM may lead to a save: a rank has completed a step.
+        """Returns whether SIGTERM may lead to a save.
 
-        A program that writes no heartbeat may have done so, too.
+        It may once a rank has begun a step, and at any time in a program without a heartbeat.
         """
         ranks = [rank for report in self._members() for rank in report["ranks"]]
         return any(rank["beats"] is None or rank["step"] for rank in ranks)

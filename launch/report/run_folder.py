@@ -1,7 +1,6 @@
 """Reads a run directory: config.json, metrics.jsonl, hosts/<process>.jsonl and summary.json.
 
-No other file of launch knows the names and the contents of their records. A figure that a run did
-not write, because it is older or has no GPU, is absent here too.
+A figure that a run did not write, because it is older or has no GPU, is absent here too.
 """
 
 import time
