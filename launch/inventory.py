@@ -65,7 +65,7 @@ PATTERNS = {
         # ssh divides at the last @, as the users of some directory services contain one.
         r"((?!-)[^\s/\"'\\]+@)?(?!-|[^:]*:[^:]*$)[^\s/\"'\\@]+|",
         "be a host name or an alias of ssh's configuration, such as h0 or root@h0, not a URL; a "
-        "port belongs into the key port",
+        "port belongs in the key port",
     ),
     "user": (r"(?!-)[^\s/\"':]*", "be a user name"),
     "workdir": (r"(/|~/)[^:]+", "be an absolute path, or begin with ~/, and have no colon"),
@@ -244,7 +244,7 @@ def _check_together(inventory: Inventory, places: Places) -> None:
             if other is not host:
                 raise ValueError(
                     f"{places.find_host(i, host.name, key)}: each host's {key} must be unique; got "
-                    f"{getattr(host, key)!r}, which host {other.name!r} has, too."
+                    f"{getattr(host, key)!r}, which host {other.name!r} has already."
                 )
     for i, host in enumerate(hosts):
         if ipaddress.ip_address(host.address).is_loopback and len(hosts) > 1:

@@ -120,7 +120,7 @@ def _note_running_sites(job: Job, outcome: dict[str, Any], others: Sequence[Job]
 def _ask_to_leave(monitors: Sequence[JobMonitor], name: str) -> bool:
     """Asks whether to detach from the jobs, stop them or go on; returns whether all are detached.
 
-    If that fails, says so: the jobs are still followed, and their leases renewed.
+    A failure is printed: the jobs are still followed, and their leases renewed.
     """
     answer = "s"
     if sys.stdin.isatty():
@@ -228,8 +228,8 @@ def _describe(answer: dict[str, Any]) -> str:
     if answer.get("stopped"):
         alive, state = "STOPPED", f"a signal has stopped its supervisor; before that: {state}"
     elif answer.get("alive") and age_s > SILENT_S:
-        hint = "hangs, and is then replaced, or the disk is full. `stop --now` ends the job"
-        alive, state = "SILENT", f"its supervisor {hint}; before that: {state}"
+        hint = "its supervisor hangs and will be replaced, or its disk is full"
+        alive, state = "SILENT", f"{hint}. `stop --now` ends the job; before that: {state}"
     if why is None and age_s > OLD_S:
         state += f" ({_format_age(age_s)} ago)"
     if (left := answer.get("processes")) and (why is not None or not answer.get("alive")):

@@ -15,7 +15,7 @@ from launch.ssh import HostError, SshClient
 from launch.terminal import visible
 
 Facts = Mapping[str, Any]  # what launch.host.facts.gather_facts returns, and the clock
-MAX_SKEW_S = 1.0  # a larger one misleads who reads the logs; no decision depends on it
+MAX_SKEW_S = 1.0  # a larger one misleads readers of logs; no decision depends on it
 DISK_BYTES, MEMORY_BYTES, SHM_BYTES, OPEN_FILES = 10 << 30, 2 << 30, 64 << 20, 1024
 SLOW_STREAM_BYTES_PER_S = 125e6  # warn if one TCP stream cannot be this fast
 BURST_TRIPS = 20  # a burst of this many round trips gets past TCP's slow start
@@ -112,7 +112,7 @@ def judge_host(host: Host, facts: Facts, port: int) -> list[Finding]:
     proxies, disk, own_address = facts["proxies"], facts["local_disk"], facts["own_address"]
     check("reach", f"{facts['rtt_s'] * 1e3:.0f} ms")
     skew = f"{skew_s * 1e3:+.0f} ms" if abs(skew_s) < 1 else f"{skew_s:+,.1f} s"
-    set_it = "it differs from this machine's, so times in logs mislead: set the wrong one (NTP)"
+    set_it = "it differs from this machine's, so times in logs mislead: correct the wrong one (NTP)"
     check("clock", skew, abs(skew_s) > MAX_SKEW_S, set_it, fatal=False)
     check("python", facts["python"], problem=_python_problem(host, facts))
     gpus = f"{len(chips)} {chips[0]}" if chips else "0"

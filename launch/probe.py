@@ -135,7 +135,7 @@ def add_case_flags(parser: Parser) -> None:
         type=check_cases,
         default="",
         metavar="KIND:BYTES,...",
-        help="collectives instead of --mib's",
+        help="collectives and sizes to measure in place of --mib",
     )
 
 
@@ -236,7 +236,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ssh_config", default="", metavar="FILE", help="file for `ssh -F`")
     parser.add_argument("--out", default="network.json", metavar="FILE", help="file to write")
     parser.add_argument(
-        "--seconds", type=bounded(float, 0.1, 600), default=2.0, help="seconds of traffic each time"
+        "--seconds", type=bounded(float, 0.1, 600), default=2.0, help="seconds of each transfer"
     )
     parser.add_argument(
         "--pings", type=bounded(int, 1, 100_000), default=100, help="round trips of each pair"

@@ -43,7 +43,7 @@ class RunCopy:
         if not all(self.workdirs.values()):
             raise ValueError(
                 f"job {job_id} must name its run directory, but its flags have no {WORKDIR} and it "
-                "did not get as far as to ask the trainer. Set --workdir."
+                "ended before the trainer named one. Set --workdir of launch.summary."
             )
         self.client = SshClient(self.job.hosts, self.job.ssh_config)
         self.folder = self.job.folder / "run" / self.job.record.get("site", "")

@@ -1,8 +1,8 @@
 """Cases of tests/launch_acceptance.py: a host, or what an operator sees of it, differs or changes.
 
-What the bed cannot do: Linux has one wall clock for all namespaces, so only Python's clock is
-shifted on a host, by which all decisions are made; file times and C++ code are not. ssh's HostName
-takes the place of the operator's DNS.
+Two things are only imitated. Linux has one wall clock for all namespaces, so a host's clock is
+shifted in Python only, where all decisions are made, not for file times and C++ code. And ssh's
+HostName takes the place of the operator's DNS.
 """
 
 import contextlib
@@ -70,7 +70,7 @@ def clock(scene, repetition) -> dict:
     run = f"clock-{repetition}"
     try:
         result = run_with_fault(scene, run, AT_STEPS[repetition], strike, None, 0)
-        late = refused(scene, scene.launch(f"{run}-late"), host, "set the wrong one", code=0)
+        late = refused(scene, scene.launch(f"{run}-late"), host, "correct the wrong one", code=0)
         late["same bits"] = scene.bits(f"{run}-late") == scene.reference()
     finally:
         scene.bed.run(host, "rm", "-f", OFFSET, f"{folder}/shifted_clock.pth")

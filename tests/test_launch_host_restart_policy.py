@@ -322,7 +322,7 @@ def test_a_short_stop_by_a_signal_is_waited_for_and_a_long_one_is_the_cause(froz
 @pytest.mark.parametrize(
     ("state", "headline", "advice"),
     [
-        (RUNNING, "its supervisor is silent for 12 s; the host is up", "`kill -STOP`"),
+        (RUNNING, "its supervisor sent nothing for 12 s; the host is up", "`kill -STOP`"),
         (CLOSED, "its supervisor ended and is not back after 12 s (killed, or the host", "reboot"),
         (UNKNOWN, "unreachable for 12 s (power, network or sleep)", "power and network"),
     ],

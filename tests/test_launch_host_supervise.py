@@ -1,4 +1,4 @@
-"""Runs a supervisor in a process of its own, with a job whose only host is this machine."""
+"""Runs a supervisor in a separate process, with a job whose only host is this machine."""
 
 import dataclasses
 import gc
@@ -152,7 +152,7 @@ def test_a_host_says_whether_the_first_hosts_supervisor_is_silent_or_has_ended(t
     while connecting.is_alive():
         leader.receive_reports()  # it greets, and never answers: as if stopped from now on
     assert outcome_after(50.0) is None
-    assert outcome_after(101.0)["why"].startswith("a: its supervisor is silent for 101 s; the host")
+    assert outcome_after(101.0)["why"].startswith("a: its supervisor sent nothing for 101 s; ")
     leader.close()
     why, deadline = "", time.monotonic() + 10
     while "its supervisor ended and is not back" not in why:

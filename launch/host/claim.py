@@ -6,10 +6,10 @@ supervisors keep `.job` there locked on every host. Its content has the form of 
 file, because the trainer reads it, too: for preflight, and before it locks the directory itself.
 
 The lock is flock(2). It lasts as long as the supervisor's keeper or worker lives, and ends with
-them even by kill -9. Hosts that share the directory share the lock by the job's id. Without flock,
-or if it locks for one host only, a job's host cannot find out whether another job runs on another
-host. A file that names such a job stays as it is, and this job runs there without a claim, which
-its log says.
+them even by kill -9. Hosts that share the directory share the lock by the job's id. If flock does
+not work, or locks for one host only, a host cannot tell whether a job on another host still runs.
+Then a file that names a job of another host is left alone: this job runs without a claim, and its
+log says so.
 """
 
 import contextlib
@@ -168,8 +168,8 @@ class Claim:
     def _refusal(self) -> OSError | RuntimeError:
         folder, owner = self.path.parent, read_owner(self.path)
         if not owner:
-            problem = f"a process that {self.path} does not name has locked it. End it"
-            return RuntimeError(f"{problem}, or set another {WORKDIR}")
+            problem = f"a process that {self.path} does not name has locked it"
+            return RuntimeError(f"{problem}. End it (see `fuser -v`), or set another {WORKDIR}")
         who = f"job {owner['job']} (pid {owner['pid']} on {owner['host']})"
         if self._in_doubt:
             problem = f"{self.path} names {who}, which may be running"

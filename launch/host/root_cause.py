@@ -122,7 +122,7 @@ def lost_hosts(
             continue
         kind, what = {
             UNKNOWN: ("lost", f"unreachable for {seconds:.0f} s (power, network or sleep)"),
-            RUNNING: ("silent", f"its supervisor is silent for {seconds:.0f} s; the host is up"),
+            RUNNING: ("silent", f"its supervisor sent nothing for {seconds:.0f} s; the host is up"),
             # A shutdown closes connections, and so does a kernel that has started again.
             CLOSED: (
                 "ended",

@@ -185,8 +185,8 @@ def describe_detection(power: Mapping[str, Any]) -> str:
     if power["assumed"]:
         found = f"if runs differ by {power['between']:.0%} in speed (assumed), {found}"
     return (
-        f"{found} is reported 9 times of 10; of 100 equal runs {alarms:.1f} are, by mistake, over "
-        f"all enforced figures together ({power['figures']})"
+        f"{found} is reported 9 times of 10; {alarms:.1f} of 100 equal runs are reported by "
+        f"mistake, over all enforced figures together ({power['figures']})"
     )
 
 
