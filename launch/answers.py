@@ -1,10 +1,14 @@
-"""Checks the types and ranges of what hosts answer, which is data that nobody has vouched for.
+"""Checks the types and ranges of what hosts answer: a host's answer is untrusted input.
 
-A shape is: a type (a float must be finite; a bool is no number); a Range; a compiled pattern of a
-string; [shape] for a list, or [shape, n] for one of at least n; {str: shape} for an object with any
-keys, or {pattern: shape} with keys of a pattern; {"key": shape, "key?": shape} for an object with
-these keys, of which the second may be absent, and perhaps others; or a tuple of shapes, one of
-which must fit. None stands for null.
+A shape is one of these:
+    a type               a float must be finite; a bool is not a number
+    a Range              a number in it
+    a compiled pattern   a string that matches
+    None                 null
+    [shape], [shape, n]  a list; one of at least n
+    {str: shape}         an object with any keys; {pattern: shape}: with keys that match
+    {"a": shape, "b?": shape}  an object with the key a and perhaps b; it may have others
+    (shape, shape)       one of the shapes must fit
 """
 
 import re

@@ -1,7 +1,7 @@
 """The process of one request on a host.
 
 A login shell may print a greeting before our code runs. The answer therefore begins after a line
-that only this request knows. What came before it does no harm, and is quoted if no answer comes.
+that only this request knows. Output before that line is only quoted if no answer comes.
 """
 
 import contextlib

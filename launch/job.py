@@ -155,7 +155,7 @@ def read_jobs(name: str, starting: bool = False, exact: bool = False) -> list[Jo
     """Returns the job of this name; if the name stands for a job at several sites, that of each.
 
     A site's job is the newest that has begun: one whose start failed, or is not done yet, does not
-    hide the job that runs. The name of a job that was continued leads to it too.
+    hide the job that runs. The name of a job that was continued stands for the newest one.
 
     Args:
         starting: also return newer jobs that have not begun; another terminal may start them yet.
@@ -178,7 +178,7 @@ def read_jobs(name: str, starting: bool = False, exact: bool = False) -> list[Jo
 
 
 def note_continuation(name: str, jobs: Sequence[Job]) -> None:
-    """Prints as which jobs these were continued, if those have begun and have another name."""
+    """Prints which jobs continue these, if they have begun and have another name."""
     for later in {later for job in jobs if (later := job.record.get("continued_as"))}:
         with contextlib.suppress(ValueError):  # its record was deleted
             if any(job.record.get("begun") for job in read_jobs(later)):
@@ -215,9 +215,9 @@ def write_parent(job_id: str, jobs: Mapping[str, str]) -> None:
 
 
 def replace_in_parent(job: Job) -> None:
-    """Makes a new job of one site stand where that site's former job stood, see `read_jobs`.
+    """Records a new job as the current one of its site, see `read_jobs`.
 
-    That is not always the job that it resumes: another terminal may have resumed it too.
+    The former one is not always the job that it resumes: another terminal may have resumed it too.
     """
     parent, site = job.record["parent"], job.record["site"]
     with open(jobs_folder() / parent / "job.lock", "ab") as file, locked(file):

@@ -60,10 +60,11 @@ def _read_at(path: Path, place: Mapping[str, int], offset: int, size: int) -> by
 class LogCopy:
     """The file `path`: the host's bytes, plus an explanatory line wherever some are missing.
 
-    The file never gets larger than half of the limit: its bytes then move to `path`.1, in place of
-    those that were there. After either event, the file `path`.at contains {"here", "there", "gaps",
-    "older"}: byte `here` of the copy is byte `there` of the host's log, and the bytes after them
-    correspond; `gaps` counts the lines; `older` is {"here", "there"} of `path`.1, if it exists.
+    Before the file exceeds half of the limit, its bytes replace those of `path`.1.
+
+    After a gap or such a move, `path`.at contains {"here", "there", "gaps", "older"}: byte `here`
+    of the copy is byte `there` of the host's log, and the bytes after them correspond; `gaps`
+    counts the explanatory lines; `older` is {"here", "there"} of `path`.1, if it exists.
 
     Args:
         limit_bytes: of both files together. It is exceeded only if it is less than 2 * READ_BYTES.

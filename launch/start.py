@@ -18,8 +18,8 @@ from launch.stop import ask_to_stop, connect, uninterrupted
 from launch.sync_code import Code, read_code, send_code
 from launch.terminal import note
 
-RESUMED = ("env", "env_build", "env_extras", "shared")  # of the old record; so is what follows
-NEEDED = (*RESUMED, "argv", "ranks_per_host", "tree")
+RESUMED = ("env", "env_build", "env_extras", "shared")  # fields that a resumed job copies
+NEEDED = (*RESUMED, "argv", "ranks_per_host", "tree")  # fields without which a job cannot resume
 
 
 def create(
@@ -107,7 +107,7 @@ def _make_ready(clients: Sequence[tuple[SshClient, Job]], code: Code) -> None:
         _refuse_stopped(jobs)
         summaries |= prepare(client, job, code)
     differing = judge_data(summaries)
-    if any(finding.aborts for finding in differing):  # only between sites: `prepare` raises else
+    if any(finding.aborts for finding in differing):  # between sites; within one, `prepare` raises
         print_findings(differing)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 
 class TimedPipe(io.RawIOBase):
-    """Reads from a pipe. A reader of lines, which blocks until one is complete, shows no progress.
+    """Reads from a pipe. `readline` blocks until a line is complete, so it shows no progress.
 
     Attributes:
         heard_at: when bytes last came, in seconds of time.monotonic().

@@ -48,7 +48,7 @@ class Heartbeat:
         self._record["sites"] = text
 
     def scale_steps(self, factor: float) -> None:
-        """Writes a beat that says that the steps from now on take so many times as long."""
+        """Multiplies the step's time, for steps of another batch size, and writes a beat."""
         self._record["step_s"] *= factor
         self("train")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 JOB_VARIABLE = "JAXTRAIN_JOB"  # the job of this process; set by launch/host/ranks.py
-TRIES = 20  # of find_owner, until it takes a lock for an owner's and not another caller's
+TRIES = 20  # of find_owner, whose other callers have the lock only for a moment
 PAUSES = random.SystemRandom()  # a run may have seeded Python's own generator equally on all hosts
 # Types of file systems whose flock, by default, works only between the processes of one host.
 THIS_HOST_ONLY = ("9p", "fuse", "virtiofs", "vboxsf", "drvfs")

@@ -32,8 +32,8 @@ from jaxtrain.sites.stream import (
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0  # between attempts to connect
 WAITING = 32  # connections before their greeting; a new one then replaces the oldest
 BUFFER_BYTES = 1 << 19
-# What a connection takes beyond what is under way. Chunks in there wait for this connection even if
-# another one is free, so a slow one would keep a round waiting.
+# What a connection buffers beyond the bytes in flight. Buffered chunks cannot move to another
+# connection that is free, so with a large buffer a slow connection would delay a round.
 UNSENT_BYTES = 1 << 17
 REPORT_S = 60.0  # refused connections are counted, and reported this often at most
 

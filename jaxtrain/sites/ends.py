@@ -1,4 +1,4 @@
-"""Compares the final weights of the sites: no code follows the last round with their checksum."""
+"""Compares the sites' final weights, whose checksums no later code carries."""
 
 import functools
 import time

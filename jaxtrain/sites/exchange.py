@@ -12,7 +12,7 @@ from jaxtrain.sites.frames import Key, Message
 from jaxtrain.sites.layout import Link, SitesFile
 from jaxtrain.sites.transport import Transport
 
-DECIDE_S = 0.2  # between two looks at what time, or another process of the leader, has decided
+DECIDE_S = 0.2  # between the leader's checks for lost sites and for views of its other processes
 
 __all__ = ["Arrived", "Disagreement", "Exchange", "PeerRefused", "SiteError", "SiteLeftOut"]
 
@@ -250,7 +250,7 @@ class Exchange(Transport):
             if channel.link.site in needed and (channel.peer, key) not in self.mailbox.received
         ]
         if participants and self.site in participants and not absent:
-            return True  # also if the sites went on without this one later, as a resumed one knows
+            return True  # a resumed site may know that the others later went on without it
         for place, decision in self._decisions.items():
             is_later = place[0] == fragment and place[1] >= round_
             if is_later and self.site not in decision.participants:

@@ -23,8 +23,8 @@ from jaxtrain.sites.mailbox import Incoming, Mailbox, Peer
 from jaxtrain.sites.outbox import describe
 
 BYTES_AN_ELEMENT = 8  # no codec needs more; a larger message is refused
-CODES_IN_A_STATE = 3  # a message that is not a code holds at most this much more,
-LEAST_LIMIT = 1 << 16  # and may have this many bytes even if the link has no blocks
+CODES_IN_A_STATE = 3  # messages of other kinds may have this many times the bytes of a code
+LEAST_LIMIT = 1 << 16  # bytes on top of that, as a link may have no blocks
 
 
 class Owner(Protocol):

@@ -141,12 +141,12 @@ class Outbox:
     def on_stored(self, body: Any) -> None:
         """Removes a message that the peer has on disk, or that came too late for it.
 
-        A peer without a record of a code went on without this site, which learns that from the
-        leader's decision. A peer that waits for all sites has then lost its folder, and with it its
-        own code of that round: `Exchange` raises an error because that code is missing.
+        NO_RECORD means that the peer went on without this site, which learns that from the
+        leader's decision. A peer that waits for all sites answers it only if it lost its folder.
+        Then its own code of that round is missing too, and `Exchange` raises an error.
 
         Raises:
-            Disagreement: it has stored another one.
+            Disagreement: the peer has stored another message.
         """
         key = parse_key(body)
         out = self.messages.get(key)

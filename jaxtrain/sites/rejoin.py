@@ -2,8 +2,8 @@
 
 The site asks the leader, which admits it in its next decision on each fragment. When the leader has
 applied that round, it sends its reference and momentum, float32. The site continues from them, at
-the step at which the round is used, so that it trains beside the others again: it skips steps and
-their batches. Its optimizer keeps its momentum; what codes had lost before is dropped.
+the step at which the round is used, so that it is level with the others again: it skips steps and
+their batches. Its optimizer keeps its momentum; the errors of earlier codes are dropped.
 """
 
 import json
@@ -79,8 +79,9 @@ class Return:
     def _newest_round(self, f: int, outer: Outer, decisions: Mapping[int, Decision]) -> int:
         """Returns the round for which to ask the leader.
 
-        It must be after the newest one that admitted this site: else the leader has granted the
-        request before. It must not be after the next one that will: else it is granted twice.
+        It must be later than the newest round that admitted this site, or the leader takes the
+        request for one that it has granted. It must not be later than the next one that will admit
+        this site, or the leader grants it again after that.
         """
         newest = max(decisions, default=0)
         if newest > outer.applied:

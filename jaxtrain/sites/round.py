@@ -94,7 +94,7 @@ class Outer:
 
 
 class Places(NamedTuple):
-    """What rounds must know of the run: shapes and shardings, and where it stands among the sites.
+    """What rounds must know of the run: its programs, its shardings, and its place among the sites.
 
     Attributes:
         programs: of each fragment.

@@ -157,8 +157,8 @@ class Rounds:
     def _advance(self, state: Any, step: int, is_waiting: bool = False) -> tuple[Any, list[int]]:
         """Applies and starts rounds as far as possible without waiting.
 
-        While a site waits for one fragment, the others must go on: two sites would else wait for
-        each other if each held back what the other needs.
+        While a site waits for one fragment, its other fragments must go on. Otherwise two sites
+        could wait for each other, each holding back what the other needs.
 
         Returns:
             the state, and the fragments whose rounds must be complete before the next step.

@@ -14,11 +14,11 @@ def find_added_modules(folder: Path, files: Iterable[str]) -> list[str]:
     """Returns the files in the code's folder that change what a program imports.
 
     The folder comes first in Python's search path, so that `numpy.py` there replaces the package.
-    A module in one of the code's packages counts only if it replaces one of the code: what else
-    appears there is what the code builds itself, such as an extension. For the same reason an
-    extension elsewhere, such as a library for ctypes, counts only if it replaces a known module.
-    Other folders are no part of the code: runs, data, caches, environments. Python reads a .pth
-    file only in site-packages.
+    Two kinds of files may be what the code itself builds, and count only if they replace a module:
+    in one of the code's packages, any file, if it replaces a module of the code; elsewhere an
+    extension, such as a library for ctypes, if it replaces any known module. Folders without code
+    (runs, data, caches, environments) are not searched, nor .pth files, which Python reads only in
+    site-packages.
 
     Args:
         files: the code's files, relative to the folder.

@@ -99,7 +99,7 @@ def _forget_nonce(order: dict, token: bytes) -> dict:
 
 
 def _listen(order: dict, token: bytes) -> dict:
-    """Listens as a program of the job will; behind NAT no interface has the address."""
+    """Listens as the job's program will: on all addresses if, behind NAT, none is the given one."""
     try:
         server = bind_tcp(order["address"], order["port"])
     except OSError as error:

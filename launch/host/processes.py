@@ -44,7 +44,7 @@ def identify(pid: int) -> dict[str, Any]:
 
 
 def is_identified(record: Mapping[str, Any]) -> bool:
-    """Returns whether the process is alive of which a record has the values of `identify`."""
+    """Returns whether the process that `identify` described in a record is alive."""
     if record.get("boot") != boot_id():
         return False
     stat = read_stat(record["pid"])

@@ -19,8 +19,8 @@ KILL_S = 5.0  # a process that survives SIGKILL for this long hangs in the kerne
 def stop(folder: Path, why: str, kill: bool) -> list[int]:
     """Stops the job of a folder on this host; returns its processes that cannot be killed.
 
-    It asks the supervisor. If there is none, with `kill`, or if the supervisor does not obey a stop
-    that is to happen NOW, it kills the supervisor and the job's other processes.
+    It asks the supervisor. It kills all of the job's processes itself with `kill`, if there is no
+    supervisor, or if a stop is to happen NOW and the supervisor does not obey in time.
 
     Raises:
         OSError: nothing can be written here, which does not prevent a stop NOW; or all were killed,

@@ -1,9 +1,9 @@
 """Ends the ranks of a host whose supervisor has ended or has stopped running.
 
 The supervisor's keeper usually does this. It cannot while a signal has stopped both of them: then
-the ranks would train on, unseen and out of reach. So each attempt has this program beside it, which
-reads a byte from the supervisor at least every second, as `python -c SOURCE MARK LIMIT_S`. It
-stands alone, because a host stores no file of the launcher.
+the ranks would train on, unseen and out of reach. So each attempt also starts this program, as
+`python -c SOURCE MARK LIMIT_S`. It reads a byte from the supervisor at least every second. It
+imports nothing of the launcher, because a host stores no file of it.
 """
 
 import os
