@@ -4,11 +4,15 @@
     python tests/launch_soak.py --steps=3000 --leak=memory   a rank leaks, so this must fail
 
 The job saves and evaluates every 500 steps, its logs are rotated, and one rank is killed after a
-third of the steps, so that all restart. Meanwhile every process of the job (keepers, supervisors,
-watchers, ranks, what serves the operator on a host, and the operator's `attach`) is sampled: memory
-(RSS, anonymous, PSS), descriptors and threads; and so are the files and bytes of the job's folders
-and of the run directory, and the time of `status` and of the page. tests/soak_trends.py says what
-counts as growth. Prints one JSON object, of which `problems` must be empty. Needs root.
+third of the steps, so that all restart. Meanwhile these are sampled:
+
+- of every process (keepers, supervisors, watchers, ranks, those that serve the operator's requests
+  on a host, and the operator's `attach`): memory (RSS, anonymous, PSS), descriptors and threads
+- of the job's folders and the run directory: files and bytes
+- the time of `status` and of the page
+
+tests/soak_trends.py defines what counts as growth. Prints one JSON object, of which `problems` must
+be empty. Needs root.
 """
 
 import json

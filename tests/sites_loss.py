@@ -9,7 +9,7 @@ with half of the batch, so with half of the tokens. Model, optimizer and text ar
 configs/study_transferred.py; nothing of the optimizer is tuned again for two sites. The outer rate
 and momentum are chosen first, by six runs on a seed of their own. FILE gets a line for each run
 with its flags and its held-out loss, which must be equal at both sites; lines with other flags than
-today's are ignored.
+the current ones are ignored.
 """
 
 import argparse

@@ -122,7 +122,7 @@ def test_a_value_that_is_nested_too_deeply_is_refused():
 @pytest.mark.parametrize(
     "clock", [{"time": float("nan")}, {"time": 10**400}, {"time": "now"}, {"time": 1e300}, {}]
 )
-def test_a_clock_that_is_no_time_is_refused(facts, clock):
+def test_a_clock_without_a_valid_time_is_refused(facts, clock):
     assert "time" in problems([facts, *(3 * [clock])])["a"]
 
 
@@ -182,7 +182,7 @@ def test_an_answer_about_built_packages_that_has_no_meaning_is_refused(built):
 
 
 @pytest.mark.parametrize("answer", [{"same": "no"}, {"error": {"a": 1}}, {"same": 1}])
-def test_an_answer_about_the_shared_folder_that_is_no_yes_is_a_problem(healthy, answer):
+def test_an_answer_about_the_shared_folder_other_than_true_is_a_problem(healthy, answer):
     answers = [*healthy, answer, {}]
     findings = preflight(Puppet(HOSTS[:1], answers), 23_456, shared="/x")
     [shared] = [f for f in findings if f.check == "shared" and f.value]

@@ -101,7 +101,7 @@ def test_a_host_that_does_not_read_its_request_is_given_up(host, monkeypatch):
         sync_code._send(client, host, {}, str(archive))
 
 
-def test_hosts_that_exceed_a_common_limit_are_told_apart_from_those_that_failed(host):
+def test_hosts_that_exceed_a_common_limit_are_distinguished_from_failed_ones(host):
     hosts = [host, dataclasses.replace(host, name="b", address="127.0.0.2")]
     client = LocalClient(hosts)
     client.ssh_command = lambda host, shared=True: [

@@ -121,7 +121,7 @@ def test_stop_now_ends_a_hung_supervisor_that_has_no_ranks(start, tmp_path):
     assert (job.folder / "stop").read_text() == NOW
 
 
-def test_a_stop_that_every_host_refuses_is_not_called_a_silence(tmp_path, monkeypatch, capsys):
+def test_a_stop_that_every_host_refuses_prints_their_reasons(tmp_path, monkeypatch, capsys):
     job = begin_job(tmp_path, monkeypatch)
 
     class Full(LocalClient):

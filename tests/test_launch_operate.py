@@ -34,7 +34,7 @@ def bed():
 
 
 class Terminal:
-    """launch.run in a terminal of its own; `output` is what it has printed so far."""
+    """launch.run in a separate terminal; `output` is what it has printed so far."""
 
     def __init__(self, bed, *argv):
         env = {"JAXTRAIN_JOBS": str(bed.folder / "jobs"), "PYTHONPATH": str(ROOT)}

@@ -34,7 +34,7 @@ def test_a_measured_collective_is_found_whether_or_not_its_rank_is_printed_befor
     "change",
     [{"seconds": "x"}, {"algbw_bytes_per_s": None}, {"collective": "x\ny"}, {"bytes": 10**400}],
 )
-def test_a_line_that_is_no_measurement_is_not_one(change):
+def test_a_log_line_with_an_invalid_figure_is_not_read_as_a_measurement(change):
     assert read_rows(f'{json.dumps(ROW | change)}\n{{"collective": [\n') == []
 
 

@@ -46,7 +46,7 @@ def test_a_leak_is_found_though_it_is_slow_and_the_series_varies(figure, values)
     assert leaks(**{figure: values}) == [figure]
 
 
-def test_known_growth_is_allowed_to_those_that_report_what_they_have_in_use_and_to_no_more():
+def test_known_growth_is_allowed_only_to_processes_that_report_their_memory_in_use():
     rank = lambda i: {"rss_bytes": (400 + i // 100 * 5) * MIB, "malloc_bytes": 100 * MIB}
     leaking = lambda i: rank(i) | {"malloc_bytes": (100 + i // 130 * 2) * MIB}
     other = lambda i: {"rss_bytes": rank(i)["rss_bytes"]}

@@ -220,7 +220,7 @@ def test_a_restart_that_computes_another_code_stops_that_site_and_not_the_others
     assert a.poll(0, 1) is None
 
 
-def test_a_code_survives_that_its_sender_restarts_before_anyone_has_it(scene):
+def test_a_code_survives_a_restart_of_its_sender_before_anyone_has_it(scene):
     a = scene.start("a")
     a.send(0, 0, {0: b"before the restart"}, 5, {})
     a.flush()

@@ -80,7 +80,7 @@ def test_sites_may_differ_in_machine_and_step_counts_but_not_in_what_they_train(
     assert different(other) == {"seed", "sites.codec"}
 
 
-def test_sites_must_train_the_same_function_also_where_a_name_begins_as_a_free_one():
+def test_fields_whose_names_begin_like_a_free_field_must_be_equal_at_all_sites():
     values = dict(attention_scale=0.125, attention_softcap=30.0, attention_bias="qkv")
     other = dataclasses.replace(TWO, model=dataclasses.replace(TWO.model, **values))
     changed = shared_fields(other).items() - shared_fields(TWO).items()
