@@ -5,14 +5,16 @@ import random
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 from run_directories import A40, curve, series, write_run
 
+from jaxtrain.config.train_config import REPORT_SECTIONS
 from launch import compare
 from launch.report.comparable import match_losses
 from launch.report.ratios import SPEEDS, normalise, ratios, verdict_on
-from launch.report.sides import read_external, read_side
+from launch.report.sides import NOT_WORK_SECTIONS, read_external, read_side, work_of
 from launch.report.stats import bootstrap, noise, percentile, t_quantile
 
 ROOT = Path(__file__).parent.parent
@@ -148,6 +150,12 @@ def test_a_differing_setting_is_named_and_can_be_allowed(tmp_path, capsys):
     code, out = run(*argv, capsys=capsys)
     assert code == 1 and "not comparable: config: log_every 1 against 2" in out
     assert run(*argv, "--may_differ=log_every", capsys=capsys)[0] == 0
+
+
+def test_runs_may_differ_in_what_they_report():
+    assert NOT_WORK_SECTIONS == REPORT_SECTIONS
+    runs = [SimpleNamespace(settings={"notify": {"events": text}}) for text in ("failed", "done")]
+    assert work_of(runs[0]) == work_of(runs[1]) == {}
 
 
 def test_loss_curves_of_different_seeds_agree_and_a_worse_curve_does_not(tmp_path, capsys):

@@ -36,6 +36,7 @@ from jaxtrain.config.sections import (
     OptimConfig,
 )
 
+REPORT_SECTIONS = ("eval.", "measure.", "profile.", "export.", "notify.")  # change no weights
 NOT_MATRICES = ("embed", "positions", "head")  # names in model.init_std that are no hidden matrices
 MAX_FIELDS = 162  # a test enforces it
 SectionType = TypeVar("SectionType", bound=Section)
@@ -271,8 +272,7 @@ def config_hash(config: TrainConfig) -> str:
     unused = [] if config.sites.period else ["sites."]
     unused += [] if config.data.batch_schedule else ["data.batch_schedule", "optim.batch_scaling"]
     unused += [] if config.data.mixture else ["data.mixture", "data.stages", "data.max_epochs"]
-    reports = ("eval.", "measure.", "profile.", "export.", "notify.")
-    return _hash(config, "checkpoint.storage", *reports, *unused)
+    return _hash(config, "checkpoint.storage", *REPORT_SECTIONS, *unused)
 
 
 def start_hash(config: TrainConfig) -> str:

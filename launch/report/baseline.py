@@ -14,7 +14,7 @@ VERSION = 2  # in version 1 bounds were not adjusted to the number of figures
 BLOCKS, STEPS_PER_BLOCK, LEAST_BLOCKS = 10, 5, 3
 SLACK = 1e-9  # relative; sums in another order round differently
 # States in a check's JSON: the baseline has no bound; the run has too few steps for its percentile
-NOT_ENFORCED, NOT_JUDGED = "not held", "not judged"
+NOT_ENFORCED, NOT_JUDGED = "not enforced", "not judged"
 KEYS = ("config_hash", "device", "devices", "hosts", "processes", "versions")
 
 
