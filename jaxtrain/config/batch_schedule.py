@@ -127,6 +127,6 @@ def _parse_pairs(text: str) -> Iterator[tuple[Fraction, int]]:
             parsed = Fraction(-1), 0
         if not colon or parsed[0] < 0 or parsed[1] < 1:
             raise ValueError(
-                f"must be pairs TOKENS:SEQUENCES such as '0:128 2e8:256'; {pair!r} is none"
+                f"must be pairs TOKENS:SEQUENCES such as '0:128 2e8:256'; {pair!r} is not"
             )
         yield parsed

@@ -83,7 +83,7 @@ class MeasureConfig(Section):
     )
     straggler_cost: float = knob(
         0.005,
-        "the timings become rarer if they would take more than this share of the steps' time",
+        "largest share of the steps' time for these timings; above it, they become rarer",
         low=1e-6,
     )
 

@@ -81,7 +81,7 @@ class OptimConfig(Section):
     weight_decay: float = knob(0.0, "decoupled weight decay of the optim.decay_groups", low=0.0)
     adam_weight_decay: float = knob(
         0.0,
-        "decay of those of them that are not matrices, where AdamW steps them; 0 is weight_decay",
+        "AdamW's decay of the optim.decay_groups other than matrices; 0 is weight_decay",
         low=0.0,
     )
     decay_groups: str = knob(
@@ -91,8 +91,8 @@ class OptimConfig(Section):
     )
     parametrisation: str = knob(
         "standard",
-        "how rates and initial values depend on the model's size: not further (standard), or so "
-        "that the best rates of a model of base_width and base_depth stay the best (spectral)",
+        "extra scaling of rates and initial values with the model's size: none (standard), or one "
+        "by which the best rates at base_width and base_depth stay the best (spectral)",
         choices=("standard", "spectral"),
     )
     base_width: int = knob(256, "spectral: model.D at which it equals standard", low=1)
@@ -109,8 +109,8 @@ class OptimConfig(Section):
     )
     scale: str = knob(
         "spectral_max",
-        "factor of those steps, by choice: sqrt(max(1, out/in)), sqrt(out/in), "
-        "0.2*sqrt(max(in, out)), 1",
+        "factor of the matrices' steps, in the order of the choices: sqrt(max(1, out/in)), "
+        "sqrt(out/in), 0.2*sqrt(max(in, out)), 1",
         choices=("spectral_max", "spectral", "match_rms", "none"),
     )
     per_head: bool = knob(False, "orthogonalise the slice of each head separately")
@@ -165,10 +165,13 @@ class OptimConfig(Section):
         high=1.0,
     )
     tail_horizon: int = knob(
-        150, "steps that the average goes back: each adds 1/tail_horizon of the change", low=1
+        150, "each step moves the average by 1/tail_horizon of the way to the weights", low=1
     )
     tail_weight: float = knob(
-        1.0, "weight of the average in the evaluated weights, against the last", low=0.0, high=1.0
+        1.0,
+        "share of the average in the evaluated weights; the rest is the last weights'",
+        low=0.0,
+        high=1.0,
     )
     narrow_buffers: bool = knob(False, "store momentum and acceleration in bfloat16")
     ns_coefficients: str = knob(

@@ -142,7 +142,8 @@ def compile_for_run(function: Callable, run: Run, options: dict[str, Any] | None
     missing = missing_kernels(run.routes, step.compiled)
     if missing:
         raise ValueError(
-            f"the compiled step must contain the kernels of its routes; got none of {missing}"
+            f"the compiled step must contain the kernels of its routes; got none of {missing}. "
+            "This is a bug: report it."
         )
     return step
 
