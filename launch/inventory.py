@@ -76,8 +76,8 @@ PATTERNS = {
 # keys that all hosts of a job share -> why, or what to do instead
 EQUAL = {
     "gpus": "Leave out the hosts that have fewer.",
-    "site": "With 150 ms between hosts, a step is 60 times slower: write an inventory for each "
-    "site, and name them in --sites.",
+    "site": "With 150 ms between hosts, a step is over 100 times slower: write an inventory for "
+    "each site, and name them in --sites.",
 }
 RANGES = {"port": (0, 65_535), "gpus": (0, 1_024), "site_port": (0, 65_535)}
 
