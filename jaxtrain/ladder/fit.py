@@ -86,7 +86,7 @@ class Fit(NamedTuple):
                     what = name if "value" in at else f"the interval of {name}"
                     found.append(
                         f"{what} ends at the bound of the search, {bound:g}: these losses hardly "
-                        f"determine {name}; use more {other}, or such that differ more"
+                        f"determine {name}; use more {other}, or {other} that differ more"
                     )
         return found
 
