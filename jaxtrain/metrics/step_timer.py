@@ -82,7 +82,7 @@ class StepTimer:
         self._window = _Span(self._last_tick_s)
 
     def change_step(self, tokens_per_step: int) -> None:
-        """From now on, steps train on so many tokens; their times are not compared with earlier."""
+        """Sets the tokens of later steps, whose times are not compared with earlier ones."""
         self.tokens_per_step = tokens_per_step
         self._fed_s.clear()
         self._first_usual = len(self._run.step_times_s)
