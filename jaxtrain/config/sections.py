@@ -151,8 +151,8 @@ class OptimConfig(Section):
     )
     strength: float = knob(
         0.25,
-        "accelerated: how far ahead the gradient is taken; with transport, 1 is "
-        "momentum/(1-momentum) steps; with ema_lookahead, averaged steps (its paper uses 0.6)",
+        "accelerated: how far ahead the gradient is taken, as a multiple of momentum/(1-momentum) "
+        "last steps (transport) or of the averaged step (ema_lookahead, whose paper uses 0.6)",
         low=0.0,
         high=1.0,
     )

@@ -141,9 +141,9 @@ class StepTimer:
     def late_shares(self) -> dict[str, float]:
         """Returns {"data", "host": share of the time in steps} since the last call, or the start.
 
-        It counts what the host did between the results of one step and the start of another, in
-        steps of which the device had run out of work by then: the wait for the batch, and the rest,
-        such as logging. It is an upper limit of the time that the device was idle.
+        It counts what the host did between the results of one step and the start of the next, if
+        the device had run out of work by that start: the wait for the batch, and the rest, such as
+        logging. It is an upper limit of the time that the device was idle.
         """
         shares = {
             name: s / self._timed_s if self._timed_s else 0.0 for name, s in self._late_s.items()
