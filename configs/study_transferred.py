@@ -1,9 +1,9 @@
 r"""A study of nine optimizers at 289,376 parameters, with settings that were tuned at 115,136.
 
 Each contender's settings are those that study_scaling's search of 12 runs found in its smallest
-cell (docs/study_scaling.csv). They are not tuned again, which is how large runs are made, and which
-also tests how well they transfer. Each contender has 3 runs of 20 tokens a parameter, on seeds that
-are paired. A run takes about 4 minutes of a core (AMD EPYC with AVX2). Start it once for each core:
+cell (docs/study_scaling.csv). They are not tuned again, as in large runs, which tests how well they
+transfer. Each contender has 3 runs of 20 tokens a parameter, on paired seeds. A run takes about
+4 minutes of a core (AMD EPYC with AVX2). Start it once for each core:
 
 taskset -c 0 python -m jaxtrain.study --config=configs/study_transferred.py
 taskset -c 1 python -m jaxtrain.study --config=configs/study_transferred.py

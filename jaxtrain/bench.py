@@ -46,7 +46,7 @@ Suites for GPUs, which run only if named:
               its rivals, the kernels' tiles, suite gpu with Muon at all sizes, the plan's memory
               and time beside the measured ones (from which it fits what `jaxtrain plan
               --calibrated` reads), and two steps' time by cause. Each is a process with a limit, a
-              log and a result in --out, and costs only itself if it hangs or crashes. Prints a
+              log and a result in --out; if one hangs or crashes, the others still run. Prints a
               plan of the minutes first, and at its end what is measured, what failed and why, what
               is left, and the command that continues. A stage that failed or used all its minutes
               runs again only if --stages names it. The last two stages need no GPU. A call with

@@ -96,7 +96,8 @@ def evaluate_by_lm_eval(run: Run, state: TrainState) -> None:
     args, name = flags.FLAGS, read_config_json(flags.FLAGS.run)["data"].get("tokenizer")
     if not name:
         raise ValueError(
-            f"--lm_eval needs the run's tokenizer, but the shards of {args.run} do not name theirs."
+            f"--lm_eval needs the run's tokenizer; got --run={args.run}, whose shards do not name "
+            "theirs. Run lm_eval on an export: jaxtrain export --tokenizer=NAME."
         )
     model = TextModel(run, state, build_tokenizer(name), run.cfg.eval.start_token)
     table, results = run_lm_eval(model, args.lm_eval.split(","), args.limit)

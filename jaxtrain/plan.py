@@ -27,8 +27,8 @@ How to read the output:
 With --data.batch_schedule the plan is that of the largest size, with a table of all sizes; --fit
 and --compare plan steps of data.batch sequences.
 
-Without --calibrated nothing is measured. The exit status is 1 if the config does not fit. Compiling
-needs the extra `offline` but no GPU; --formula needs neither and estimates the memory only.
+Without --calibrated no figure is measured. The exit status is 1 if the config does not fit.
+Compiling needs the extra `offline` but no GPU; --formula needs neither and estimates only memory.
 """
 
 import functools

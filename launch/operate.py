@@ -175,7 +175,10 @@ def conclude(client: SshClient, job: Job, outcome: dict[str, Any]) -> int:
     note(f"job {job.id}: exit {outcome['code']} after {outcome.get('attempts', '?')} attempts")
     note(f"why: {outcome['why']}")
     if remaining:
-        note(f"STILL ALIVE, host: pids {remaining}")
+        alive = "; ".join(
+            f"{name}: pids {' '.join(map(str, remaining[name]))}" for name in remaining
+        )
+        note(f"STILL ALIVE, {alive}. To kill them: python -m launch.run stop {job.id} --now")
     elif unseen:
         note(f"{' '.join(unseen)}: unreachable, so processes may be left there")
     else:

@@ -3,7 +3,7 @@
 Which file does what:
     add_norm, qk_rope, flash_attention, head_scores, symmetric: the kernels, each below its
         reference in plain JAX. A kernel has a body (an implementation) in Pallas' Triton backend;
-        *_mosaic are the second bodies, in Pallas' Mosaic GPU backend, for Hopper
+        *_mosaic and *_ampere are bodies in Pallas' Mosaic GPU backend, for Hopper and for Ampere
     validation: refuses arguments and derivatives that the kernels do not support
     kernel_choice: chooses a kernel from measurements; tiles: default tile sizes
     bench: times the kernels on this machine's GPU against the implementations in contests

@@ -3,8 +3,8 @@
 These GPUs have neither Hopper's products of warp groups nor its memory accelerator. A program here
 is one warp group: 128 threads, which multiply 16x8x16 tiles in registers (mma) and copy 16 bytes
 each from HBM to shared memory while they multiply (cp.async). Several programs fit on a
-multiprocessor, so one multiplies while another waits. JAX deprecates its Triton backend; these
-bodies take its place.
+multiprocessor, so one multiplies while another waits. JAX deprecates its Triton backend, which
+these bodies are to replace. There are two, of attention's forward and of symmetric.
 
 cp.async has no bounds check: a copy must lie inside its array.
 """

@@ -19,9 +19,9 @@ product reach on the same GPU in the same run.
 A plan of the minutes comes first: how many contests there are, their limits, and which surely fit.
 Each contest runs in a child process, so a kernel that hangs or crashes costs only its own row.
 Results are written after every contest. When the time is up, bench lists the contests that it did
-not measure; --resume with the same --out measures them, but not those that used their whole limit
-of time without an end, unless --only names them. --save replaces only the rows of contests
-that have results, of the JAX that is installed.
+not measure; --resume with the same --out measures them. A contest that was killed at its time limit
+runs again only if --only names it. --save replaces only the rows, of the installed JAX, whose
+contests have results.
 """
 
 import contextlib
@@ -58,8 +58,7 @@ def _read_results(args: Namespace) -> dict[str, Any]:
     """Returns the results in --out that --resume continues, or empty ones.
 
     Raises:
-        ValueError: the file has no results of bench; or those of a trial, and this is none; or the
-            reverse.
+        ValueError: the file has no results of bench, or only one of them and this call is a trial.
     """
     if not (args.resume and args.out.exists()):
         return {"contests": {}}

@@ -1,10 +1,10 @@
 """FLOPs of the custom calls in a compiled program: our kernels', cuBLAS' and cuDNN's.
 
 XLA does not know what a custom call computes, so each declares it here, and a kernel that moves
-only a part of an array declares that too. Only products count, as for
-XLA's own instructions. Pairs of a query and a key that the causal mask or a window hides do not
-count, and of a symmetric product only one triangle does. Documents are counted as if each row were
-one document. The window of our attention is part of its calls' metadata, in WINDOW_SCOPE.
+only a part of an array declares that too. Only products count, as for XLA's own instructions. Pairs
+of a query and a key that the causal mask or a window hides do not count, and of a symmetric product
+only one triangle does. Documents are counted as if each row were one document. The window of our
+attention is part of its calls' metadata, in WINDOW_SCOPE.
 
 Source: the attributes of cuBLAS' and cuDNN's calls are GemmBackendConfig and CudnnfMHABackendConfig
 in XLA's xla/service/gpu/backend_configs.proto.

@@ -47,7 +47,7 @@ def flash_attention_reference(
 ) -> jax.Array:
     """Reference implementation; materialises [B,G,H/G,T,S], with softmax in at least float32.
 
-    A query that sees no key gives 0, one that sees only scores of -inf nan. Returns [B,T,H,K] in
+    A query that sees no key gives 0; one whose scores are all -inf gives nan. Returns [B,T,H,K] in
     q.dtype.
     """
     (B, T, H, K), (S, G) = q_BTHK.shape, k_BSGK.shape[1:3]

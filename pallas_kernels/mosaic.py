@@ -2,12 +2,12 @@
 
 Kernels for sm_90 (Hopper) use Mosaic GPU because it exposes Hopper's warp-group products (wgmma)
 and tensor memory accelerator (TMA), which Pallas' Triton backend does not. The kernels are
-warp-specialised: of three warp groups (128 threads each), one only starts TMA copies from HBM to
-shared memory, and two multiply the copied data. The copying group needs few registers and gives the
-rest to the others.
+warp-specialised: one warp group (128 threads) only starts TMA copies from HBM to shared memory, and
+the others, two to four, multiply the copied data. The copying group needs few registers and gives
+the rest to the others.
 
 Barriers synchronise the groups. For each slot of shared memory, "full" completes when the TMA has
-written the slot, and "free" when both multiplying groups have read it, so that it can be refilled.
+written the slot, and "free" when all multiplying groups have read it, so that it can be refilled.
 
 Shared memory is swizzled: the 16-byte pieces of a row are permuted by the row's number, so that a
 column of a tile lies in different banks. TMA writes and wgmma reads the same permutation.
@@ -37,10 +37,10 @@ plgpu: Any = None  # Any: on an older JAX it is missing or has other functions
 if USABLE:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-CONSUMERS = 2  # warp groups that multiply; one more copies
-# Registers per thread. The launch gives 168 to each of the three groups; setmaxnreg moves them.
+CONSUMERS = 2  # default number of warp groups that multiply; one more copies
+# Registers per thread. The launch gives 168 to each of three groups; setmaxnreg moves them.
 COPYING_REGISTERS, MULTIPLYING_REGISTERS = 40, 232  # 40 + 2 * 232 <= 3 * 168
-# The same for each number of multiplying groups: 3 launch with 128 registers, 4 with 96.
+# Number of multiplying groups -> registers; 3 launch with 128 for each group, 4 with 96.
 REGISTERS = {2: (COPYING_REGISTERS, MULTIPLYING_REGISTERS), 3: (32, 160), 4: (24, 112)}
 SWIZZLE_BYTES = 128  # the widest swizzle; wgmma reads rows of this length
 SWIZZLED_ROWS = 8  # the rows after which the swizzle repeats; shared memory is tiled by them

@@ -2,8 +2,8 @@
 
 Bound: memory. For B*T*H heads of K elements of b bytes, backward moves 3*B*T*H*K*b (reads dy, x;
 writes dx) and the tables. XLA moves 2.4 times that (python -m pallas_kernels.traffic), because it
-sums the gain's gradient in passes of its own. XLA already moves only the
-minimum in the forward, and in both directions of RoPE without a norm, so these have no kernel.
+sums the gain's gradient in separate passes. XLA already moves only the minimum in the forward, and
+in both directions of RoPE without a norm, so these have no kernel.
 
 Source: Henry et al. 2020, https://arxiv.org/abs/2010.04245; Su et al. 2021,
 https://arxiv.org/abs/2104.09864

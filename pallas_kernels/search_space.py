@@ -1,9 +1,9 @@
 """The tiles that `audit --sweep` compiles without a GPU, and those that bench --tune tries.
 
 Time on a GPU is scarce, so bench tries a short list: at most eight tiles an op, which differ in
-what changes the speed. Each of them compiled without spills (2026-11-26, jax 0.11.2), but of the
-variants of attention's Mosaic bodies only those that docs/speed_log.md names. A test repeats that
-for the first tiles of attention on an A40 only, since all take minutes.
+what changes the speed. They compiled without spills (2026-11-26, jax 0.11.2); of the variants of
+attention's Mosaic bodies, only those that docs/speed_log.md names were compiled. A test compiles
+only the first tiles of attention on an A40, since all take minutes.
 """
 
 import itertools

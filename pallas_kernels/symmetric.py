@@ -3,8 +3,8 @@
 In a Newton-Schulz iteration every matrix except X itself is a polynomial of one Gram matrix. Such
 matrices are symmetric and commute, so their products are symmetric too.
 
-Bound: compute. For each matrix [M,N] the kernel does M*(M+tile)*N multiply-adds, half as many as a
-plain product. It writes M*M elements: each tile and its transpose, so the result is bitwise
+Bound: compute. For each matrix [M,N] the kernel does M*(M+tile)*N FLOPs, about half of a plain
+product's 2*M*M*N. It writes M*M elements: each tile and its transpose, so the result is bitwise
 symmetric. C is added in the product's epilogue, without another pass over memory.
 
 Source: computing one triangle and storing it twice follows flash-muon,

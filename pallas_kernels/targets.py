@@ -1,9 +1,9 @@
 """The target of each contest of bench: the serial time of our kernels by the model of their loops.
 
-In the serial time the units of a multiprocessor take turns (see loop_model.py), so a
-kernel that overlaps something and loses little to latencies reaches it. `python -m
-pallas_kernels.find_targets` writes targets.json; the head's contest has no target, because XLA
-computes two of its three products.
+In the serial time the units of a multiprocessor take turns (see loop_model.py), so a kernel that
+overlaps something and loses little to latencies reaches it. `python -m pallas_kernels.find_targets`
+writes targets.json; the head's contest has no target, because XLA computes two of its three
+products.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Types of tile sizes, and each kernel's defaults by compute capability.
 
-The defaults are the largest tiles that do not spill registers, found without a GPU by
+The defaults were chosen without a GPU, from the tiles that do not spill registers in
 `python -m pallas_kernels.audit --sweep`. Where `python -m pallas_kernels.bench --tune --save` has
 measured better ones on a chip, kernel_choice.py uses those. This file does not import Pallas,
 which would add 0.1 s to every start.

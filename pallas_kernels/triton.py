@@ -1,7 +1,7 @@
 """All Triton API calls live here, so that a JAX upgrade touches one file.
 
 JAX 0.11 deprecates this backend in favour of Mosaic GPU, which jax 0.10.2 lacks for sm_86 (A40, RTX
-A6000). ampere.py has the bodies in Mosaic GPU for these GPUs.
+A6000). The bodies in Mosaic GPU for these GPUs are in *_ampere.py.
 """
 
 import warnings

@@ -50,10 +50,10 @@ def test_without_a_schedule_or_with_equal_sizes_all_steps_have_one_size():
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("128", "must be pairs TOKENS:SEQUENCES.*'128' is not"),
-        ("0:128 x:256", "must be pairs.*'x:256' is none"),
-        ("0:0", "must be pairs.*'0:0' is none"),
-        ("0:4 1e3:2.5", "must be pairs.*'1e3:2.5' is none"),
+        ("128", "must be pairs TOKENS:SEQUENCES.*'128' is not one"),
+        ("0:128 x:256", "must be pairs.*'x:256' is not one"),
+        ("0:0", "must be pairs.*'0:0' is not one"),
+        ("0:4 1e3:2.5", "must be pairs.*'1e3:2.5' is not one"),
         ("1e6:128", "must begin with 0:SEQUENCES; it begins with 1e6:128"),
         ("0:4 0:8", "ascending"),
         ("0:4 1e6:8 1e5:16", "ascending"),

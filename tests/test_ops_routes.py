@@ -166,7 +166,7 @@ def test_heads_that_devices_do_not_divide_have_no_kernel():
     ("op", "values", "reason"),
     [
         ("norm", {"norm_gain": False}, "it multiplies by a gain; got model.norm_gain=false"),
-        ("norm", {"norm_place": "post"}, "model.norm_place=post normalises y alone"),
+        ("norm", {"norm_place": "post"}, "model.norm_place=post normalises only y"),
         ("qk_rope", {"norm_gain": False}, "it multiplies by a gain; got model.norm_gain=false"),
         ("qk_rope", {"qk_norm_gain": False}, "by a gain; got model.qk_norm_gain=false"),
         ("head", {"head_bias": True}, "it adds no bias; got model.head_bias=true"),
@@ -219,7 +219,7 @@ def test_a_soft_cap_rules_out_the_kernel_and_the_reason_is_stored_and_printed():
 
     routes = choose(attention_scale=0.5)
     assert routes["attention"].implementation == "cudnn"
-    reason = "no fused kernel: its scores are scaled by 1/sqrt(K) alone; got model.attention_scale"
+    reason = "no fused kernel: its scores are only q k / sqrt(K); got model.attention_scale"
     assert reason in routes["attention"].reason
     assert any(reason in text for _, text in describe_routes(routes))
     assert "no fused kernel" not in choose()["attention"].reason

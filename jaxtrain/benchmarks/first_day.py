@@ -1,8 +1,8 @@
-"""Suite first-day: all that is to be measured on a new card, in stages that resume.
+"""Suite first-day: everything to measure on a new card, in stages that resume.
 
-Each stage is a child process with a time limit, a log and a result file in one folder, so that a
-stage that hangs, crashes or is killed costs only itself. The stages are data: a command, its limit
-and its result. A call works for one slice of time; the next call with the same folder continues.
+Each stage is a child process with a time limit, a log and a result file in one folder, so that the
+others still run if one hangs, crashes or is killed. The stages are data: a command, its limit and
+its result. A call works for one slice of time; the next call with the same folder continues.
 What each stage has done is in first_day.json, which is written before and after every stage.
 
 This process never uses the GPU.
@@ -43,7 +43,7 @@ COMMAND = "python -m jaxtrain.bench --suite=first-day"
 # A stage's state. The next call runs those that are `waiting` or `unfinished`.
 WAITING, UNFINISHED, DONE, SKIPPED = "waiting", "unfinished", "done", "skipped"
 FAILED, STOPPED = "failed", "stopped"  # crashed, or used all its minutes: run only if named
-# Time before a stage is killed that it gets to end by itself and to write what it has.
+# A stage is killed this long after the limit in its command, to let it write what it has.
 END_MINUTES, END_SHARE = 0.5, 0.2
 
 
@@ -57,8 +57,8 @@ class FirstDay:
         show: prints a text.
 
     Raises:
-        FirstDayError: the folder is a trial's and this is none, or the reverse, or the folder has
-            another card's results.
+        FirstDayError: only one of the folder and this call is a trial, or the folder has another
+            card's results.
     """
 
     def __init__(

@@ -83,8 +83,8 @@ def _errors(value: Any, name: str) -> Iterator[str]:
 def find_problems(rows: Sequence[Row]) -> list[str]:
     """Returns the errors in a result, without those of rows that the next slice measures again.
 
-    A contest is an error if it was not finished or if a body of our kernel is wrong or failed; that
-    a rival is missing is none.
+    A contest is an error if it was not finished or if a body of our kernel is wrong or failed, but
+    not if a rival is missing.
     """
     found = []
     for row in rows:

@@ -11,8 +11,8 @@ the steps before the branch, over which the rate falls to optim.final_scale of i
 
 If flags change the data, they are read from their beginning. If flags change the optimizer so that
 its state no longer fits, the branch starts at step 0 from the weights that the run is evaluated
-with. The run must have kept the checkpoint: train it
-with --keep_every. The same command, or `jaxtrain train` with the new folder, resumes a branch.
+with. The run must have kept the checkpoint: train it with --keep_every. The same command, or
+`jaxtrain train` with the new folder, resumes a branch.
 """
 
 import sys

@@ -2,9 +2,9 @@
 
     0:128 2e8:256 1e9:512
 
-Each pair is TOKENS:SEQUENCES. A step has so many sequences from the first step on before which the
-run has trained on so many tokens or more. So the number of a step, and nothing else, decides how
-many sequences it has, and how many came before it.
+Each pair is TOKENS:SEQUENCES: a size begins with the first step before which the run has trained on
+at least that many tokens. So a step's size, and the number of sequences before it, depend only on
+the step's number.
 """
 
 import bisect
@@ -127,6 +127,6 @@ def _parse_pairs(text: str) -> Iterator[tuple[Fraction, int]]:
             parsed = Fraction(-1), 0
         if not colon or parsed[0] < 0 or parsed[1] < 1:
             raise ValueError(
-                f"must be pairs TOKENS:SEQUENCES such as '0:128 2e8:256'; {pair!r} is not"
+                f"must be pairs TOKENS:SEQUENCES such as '0:128 2e8:256'; {pair!r} is not one"
             )
         yield parsed

@@ -44,8 +44,8 @@ class DataConfig(Section):
     batch_schedule: str = knob(
         "",
         "sequences per step by the tokens so far: '0:128 2e8:256' begins with 128 and has 256 from "
-        "the first step at or after 2e8 tokens; data.batch / accumulation then is the microbatch, "
-        "and the rates are those of data.batch, see optim.batch_scaling; empty keeps data.batch",
+        "the first step at or after 2e8 tokens; data.batch / accumulation is then the microbatch, "
+        "and optim.batch_scaling scales the rates; empty keeps data.batch",
     )
     seq_len: int = knob(256, "length of each sequence", unit="tokens", low=1)
     pack: bool = knob(False, "fit whole documents into sequences instead of cutting them")

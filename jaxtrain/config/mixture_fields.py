@@ -46,7 +46,7 @@ def parse_sources(text: str) -> dict[str, str]:
         if not (equals and path and NAME.fullmatch(name)):
             raise ValueError(
                 f"must be a list of NAME=PATH separated by spaces, with names of letters, digits "
-                f"and _; {part!r} is not"
+                f"and _; {part!r} is not one"
             )
         if name in sources:
             raise ValueError(f"must name each source once; {name} comes twice")

@@ -150,7 +150,7 @@ class SitesConfig(Section):
     )
     delay: int = knob(
         0,
-        "steps from the start of an exchange to its use, during which it is hidden; 0 waits for it",
+        "steps to train on between starting an exchange and applying its result; 0 waits for it",
         unit="steps",
         low=0,
     )

@@ -57,7 +57,7 @@ class OptimConfig(Section):
     )
     rest: str = knob(
         "adamw",
-        "optimizer of embeddings, head and vectors; lmo steps along norms",
+        "optimizer of embeddings, head and vectors; lmo takes unit steps in a norm",
         choices=("adamw", "lmo"),
     )
     learning_rate: float = knob(
@@ -78,10 +78,11 @@ class OptimConfig(Section):
     vector_learning_rate: float = knob(
         0.0, "AdamW's peak rate for biases and gains; 0 is adam_learning_rate", low=0.0
     )
-    weight_decay: float = knob(0.0, "decoupled weight decay of the optim.decay_groups", low=0.0)
+    weight_decay: float = knob(0.0, "decoupled weight decay of optim.decay_groups", low=0.0)
     adam_weight_decay: float = knob(
         0.0,
-        "AdamW's decay of the optim.decay_groups other than matrices; 0 is weight_decay",
+        "weight decay of the decay_groups other than matrices, where AdamW steps them; 0 is "
+        "weight_decay",
         low=0.0,
     )
     decay_groups: str = knob(
@@ -91,8 +92,8 @@ class OptimConfig(Section):
     )
     parametrisation: str = knob(
         "standard",
-        "extra scaling of rates and initial values with the model's size: none (standard), or one "
-        "by which the best rates at base_width and base_depth stay the best (spectral)",
+        "spectral also scales rates and initial values with the model's size, so that the best "
+        "rates at base_width and base_depth stay the best",
         choices=("standard", "spectral"),
     )
     base_width: int = knob(256, "spectral: model.D at which it equals standard", low=1)
@@ -150,8 +151,8 @@ class OptimConfig(Section):
     )
     strength: float = knob(
         0.25,
-        "accelerated: how far ahead the gradient is taken; with transport, 1 is "
-        "momentum/(1-momentum) steps; with ema_lookahead, averaged steps (its paper uses 0.6)",
+        "accelerated: how far ahead the gradient is taken, as a multiple of momentum/(1-momentum) "
+        "last steps (transport) or of the averaged step (ema_lookahead, whose paper uses 0.6)",
         low=0.0,
         high=1.0,
     )
@@ -165,11 +166,11 @@ class OptimConfig(Section):
         high=1.0,
     )
     tail_horizon: int = knob(
-        150, "each step moves the average by 1/tail_horizon of the way to the weights", low=1
+        150, "horizon of the average: a step adds (weights - average) / tail_horizon", low=1
     )
     tail_weight: float = knob(
         1.0,
-        "share of the average in the evaluated weights; the rest is the last weights'",
+        "share of the average in the evaluated weights; the rest is the last weights",
         low=0.0,
         high=1.0,
     )
@@ -209,8 +210,8 @@ class OptimConfig(Section):
     warmup_steps: int = knob(10, "steps of linear rise from 0 to the peak", unit="steps", low=0)
     batch_scaling: str = knob(
         "sqrt",
-        "how data.batch_schedule scales all rates in a step of other than data.batch sequences: by "
-        "the ratio's square root, by the ratio (linear), or not at all",
+        "factor of all rates in a step of another size than data.batch: the ratio's square root, "
+        "the ratio (linear), or 1 (none)",
         choices=("sqrt", "linear", "none"),
     )
     noise_scale: float = knob(

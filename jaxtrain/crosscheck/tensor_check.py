@@ -2,7 +2,7 @@
 
 Without a model, a difference can only come from the optimizers. The tensors have the shapes and
 gradients that optimizers treat differently: wide and tall matrices, gradients that start late or
-pause, small ones, and such with few rows.
+pause, small gradients, and gradients that are zero in most rows.
 
 As in rounding.py, tolerances are measured: two copies of our optimizer get gradients that are moved
 by SIGMAS times their rounding error, and add in another order.

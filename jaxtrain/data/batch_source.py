@@ -16,7 +16,7 @@ Order = Callable[[np.ndarray], np.ndarray]
 
 
 class Origin(NamedTuple):
-    """Where the batches of some data begin, in a branch that began after step 0."""
+    """Where reading of some data began, in a branch that began after step 0."""
 
     step: int = 0  # of the run, whose batch is number 0
     place: int = 0  # of the endless list, at which batch 0 begins
@@ -79,7 +79,7 @@ class BatchSource:
 
 
 def count_places(sizes: BatchSchedule, origin: Origin, batches: int) -> int:
-    """Returns how many places of the endless list lie before the end of so many batches."""
+    """Returns how many places of the endless list the first `batches` batches cover."""
     before = sizes.sequences_before
     return origin.place + before(origin.step + batches) - before(origin.step)
 

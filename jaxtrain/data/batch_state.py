@@ -28,7 +28,7 @@ def read_sizes(stored: StoredSizes) -> tuple[BatchSchedule, Origin]:
 
 
 def stored_places(stored: StoredSizes, batches: int) -> int:
-    """Returns how many places of the endless list so many batches of a checkpoint have read."""
+    """Returns how many places of the endless list a checkpoint's first `batches` batches read."""
     return count_places(*read_sizes(stored), batches)
 
 

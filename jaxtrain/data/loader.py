@@ -5,9 +5,9 @@ epochs form one endless list of sequences, each epoch in its own shuffled order;
 entries n * B to (n + 1) * B - 1 or, with data.batch_schedule, those that follow the entries of all
 batches before it. Of S sites, site k takes the entries k, k + S, k + 2S, ... of that list instead:
 no two sites read the same entry, whatever their batch sizes, and the batches n of sites with equal
-ones are together batch n of one run with S * B sequences. With data.mixture, the
-list is that of `mixture.py`. A process reads only the sequences that its devices hold. Grain reads
-ahead in threads; the only state is n, so a checkpoint stores n and the identity of the data.
+ones are together batch n of one run with S * B sequences. With data.mixture, the list is that of
+`mixture.py`. A process reads only the sequences that its devices hold. Grain reads ahead in
+threads; the only state is n, so a checkpoint stores n and the identity of the data.
 """
 
 import time
@@ -115,7 +115,7 @@ class Batches:
         return self._identity | {"batch": sizes, "step": self.step}
 
     def places_before(self, batches: int) -> int:
-        """Returns the place of the endless list at which the batch after so many begins."""
+        """Returns the place of the endless list at which batch number `batches` begins."""
         return self._source.places_before(batches)
 
     def restore(self, state: dict) -> None:
@@ -180,7 +180,7 @@ class Batches:
         self.step = batch
 
     def source_metrics(self, batches: int) -> dict[str, int | float]:
-        """Returns what so many batches have read of a mixture's sources; {} without a mixture."""
+        """Returns what the first `batches` batches read of each source; {} without a mixture."""
         return self.sources.metrics(batches) if self.sources else {}
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ class SourceCounts:
 
         Args:
             sizes: sequences of each source.
-            places_before: returns the sequences that so many batches have read.
+            places_before: returns the sequences that the first n batches read.
             sites: number of sites that read the sources together, each as much as this one.
         """
         self._corpus, self._places_before = corpus, places_before
@@ -32,7 +32,7 @@ class SourceCounts:
         return self._figures(self._corpus.places)
 
     def read_by(self, batches: int) -> dict[str, dict[str, int | float]]:
-        """Returns what so many batches have read of each source.
+        """Returns what the first `batches` batches read of each source.
 
         "tokens" are those of this site; "epochs" and "unread_tokens", which no epoch has read yet,
         are those of all sites together. "stored_tokens" is the size of the source.
@@ -53,7 +53,7 @@ class SourceCounts:
         return figures
 
     def metrics(self, batches: int) -> dict[str, int | float]:
-        """Returns `data/SOURCE_tokens` and `data/SOURCE_epochs` after so many batches."""
+        """Returns `data/SOURCE_tokens` and `data/SOURCE_epochs` after `batches` batches."""
         return {
             f"data/{name}_{figure}": figures[figure]
             for name, figures in self.read_by(batches).items()

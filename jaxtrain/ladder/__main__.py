@@ -117,7 +117,7 @@ def check_prediction(plan: Plan) -> None:
 def trained_too_early(plan: Plan, cell: Cell) -> ValueError:
     """Returns the error of a cell whose run began before its prediction."""
     return ValueError(
-        f"{cell} was trained before this fit, so that its loss can no longer be predicted. Set "
+        f"{cell} was trained before this fit, so its loss can no longer be predicted. Set "
         f"--predict to another cell, or remove {plan.branch_folder(cell)}."
     )
 

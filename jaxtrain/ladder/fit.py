@@ -2,9 +2,9 @@
 
 As in Hoffmann et al. 2022 (https://arxiv.org/abs/2203.15556, section 3.3 and appendix D.3): the sum
 of Huber losses of the residuals of log L is minimised from a grid of starting points, in the
-coordinates a = log A, b = log B, e = log E. The source uses L-BFGS. Along the valley of these sums
-it needs thousands of steps, so that here scipy's least_squares finds the minimum: first that of the
-squares from every starting point, which is quick, then that of the Huber losses from the best.
+coordinates a = log A, b = log B, e = log E. The source uses L-BFGS, which needs thousands of
+steps along the valley of these sums. Here scipy's least_squares finds the minimum: first that of
+the squares from every starting point, which is quick, then that of the Huber losses from the best.
 """
 
 import itertools
@@ -70,9 +70,9 @@ class Fit(NamedTuple):
         terms = _terms(self.coefficients, inputs)
         shares = np.exp(terms - np.logaddexp.reduce(terms)).max(1)
         texts = (
-            "the size explains none of the loss (A is 0), so that alpha means nothing; use sizes "
+            "the size explains none of the loss (A is 0), so alpha means nothing; use sizes "
             "that differ more",
-            "the horizon explains none of the loss (B is 0), so that beta means nothing; use "
+            "the horizon explains none of the loss (B is 0), so beta means nothing; use "
             "horizons that differ more",
             "the best E is 0: these losses do not show where the loss ends; use larger sizes and "
             "longer horizons",

@@ -82,7 +82,7 @@ class StepTimer:
         self._window = _Span(self._last_tick_s)
 
     def change_step(self, tokens_per_step: int) -> None:
-        """From now on, steps train on so many tokens; their times are not compared with earlier."""
+        """Sets the tokens of later steps, whose times are not compared with earlier ones."""
         self.tokens_per_step = tokens_per_step
         self._fed_s.clear()
         self._first_usual = len(self._run.step_times_s)
@@ -141,9 +141,9 @@ class StepTimer:
     def late_shares(self) -> dict[str, float]:
         """Returns {"data", "host": share of the time in steps} since the last call, or the start.
 
-        It counts what the host did between the results of one step and the start of another, in
-        steps of which the device had run out of work by then: the wait for the batch, and the rest,
-        such as logging. It is an upper limit of the time that the device was idle.
+        It counts what the host did between the results of one step and the start of the next, if
+        the device had run out of work by that start: the wait for the batch, and the rest, such as
+        logging. It is an upper limit of the time that the device was idle.
         """
         shares = {
             name: s / self._timed_s if self._timed_s else 0.0 for name, s in self._late_s.items()

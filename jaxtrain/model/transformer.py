@@ -1,6 +1,6 @@
 """Turns a ModelConfig into plain functions over a plain dict of arrays.
 
-Flax is used in this folder only. Layers are stacked on L and run under lax.scan; matrices are cast
+Only this folder has Flax modules. Layers are stacked on L and run under lax.scan; matrices are cast
 to the compute type before the scan, so that gathers under fsdp move half the bytes.
 """
 

@@ -98,7 +98,7 @@ class _KernelRoutes:
         if op in ("norm", "qk_rope") and not model.norm_gain:
             return "it multiplies by a gain; got model.norm_gain=false"
         if op == "norm" and model.norm_place == "post":
-            return "it normalises h + y, but model.norm_place=post normalises y alone"
+            return "it normalises h + y, but model.norm_place=post normalises only y"
         if op == "qk_rope" and model.qk_norm_over == "all":
             return "it normalises each head; got model.qk_norm_over=all"
         if op == "qk_rope" and not model.qk_norm_gain:
@@ -118,7 +118,7 @@ class _KernelRoutes:
         """Returns which score of the model attention's kernel does not compute; "" if none."""
         for field in ("attention_scale", "attention_softcap"):
             if value := getattr(self.model, field):
-                return f"its scores are scaled by 1/sqrt(K) alone; got model.{field}={value}"
+                return f"its scores are only q k / sqrt(K); got model.{field}={value}"
         return ""
 
     def requesting_flag(self, op: str) -> str:

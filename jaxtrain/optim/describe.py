@@ -30,7 +30,7 @@ def group_rows(optimizer: optax.GradientTransformation, params: ArrayTree) -> li
         params: arrays or ShapeDtypeStructs, as for optimizer.init.
 
     Raises:
-        ValueError: the optimizer has no parameter groups, as it is optax's own, say.
+        ValueError: the optimizer has no parameter groups, for example because it is optax's.
     """
     token = _rows.set([])
     try:

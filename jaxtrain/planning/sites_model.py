@@ -150,9 +150,9 @@ def disk_bytes(
 ) -> float:
     """Returns the most bytes of codes on one site's disks, over all its hosts together.
 
-    A save removes the received codes that none of the `keep_last` checkpoints before it needs, so
-    those of keep_last + 1 intervals and of a pending round are there just before it, beside the own
-    code of a round, once for each other site. Source: add_outer_state in
+    A save removes the received codes that none of the `keep_last` checkpoints before it needs. So
+    just before it there are, for each other site, the codes of keep_last + 1 intervals and of a
+    pending round, and a copy of this site's code of one round. Source: add_outer_state in
     jaxtrain/sites/outer_state.py.
     """
     rounds = math.ceil((keep_last + 1) * save_every / period) + 1
@@ -166,8 +166,8 @@ def outer_bytes(
 
     Each parameter has a reference, a momentum and, with a lossy code, an error, all in float32.
     While a fragment is exchanged, these three exist twice, together with the weights that it
-    started from, what is encoded of them, and the codes: those of all sites, and the own one again
-    as it is sent. Source: run_round in jaxtrain/sites/round.py.
+    started from, what is encoded of them, the codes of all sites, and a second copy of this site's
+    code for sending. Source: run_round in jaxtrain/sites/round.py.
     """
     gap = schedule.period / len(schedule.fragments)
     at_once = min(len(schedule.fragments), max(1, math.ceil(schedule.delay / gap)))

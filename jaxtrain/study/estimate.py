@@ -69,7 +69,7 @@ def estimate_time(plan: StudyPlan, devices: Sequence[Any] | None = None) -> list
         "  Not included: start and evaluation of each run, and compilation, which takes "
         f"{format_seconds(compile_s)} unless the cache has the program.",
         "  Other processes may run the same command at the same time, also on other hosts that "
-        "share the folder; each takes runs of its own.",
+        "share the folder; no run is trained twice.",
     ]
 
 

@@ -171,8 +171,8 @@ def format_result(plan: StudyPlan, result: ConditionResult) -> str:
         f"diff: mean difference from {study.baseline}, paired by seed. se: its standard error; the "
         "variance is pooled over all contenders, except for one that varies more than the others.",
         f"t, p: two-sided t-test with {comparisons[0].paired.degrees} degrees of freedom "
-        f"({len(study.seeds) - 1} for such a one). Holm p: corrected for all comparisons of the "
-        "study.",
+        f"({len(study.seeds) - 1} for such a contender). Holm p: corrected for all comparisons of "
+        "the study.",
     ]
     if not result.horizon:
         lines += [

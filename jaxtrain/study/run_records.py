@@ -57,7 +57,7 @@ class RunRecords:
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"study.earlier must be a {FILE} of this study; line {number} of {path} is "
-                    f"none: {error!r}."
+                    f"not a record: {error!r}."
                 ) from None
 
     def __len__(self) -> int:

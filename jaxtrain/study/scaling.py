@@ -16,7 +16,7 @@ import numpy as np
 from jaxtrain.study.result import ConditionResult
 
 REDRAWS = 4_000
-MOST_PERMUTATIONS = 50_000  # of more, so many are drawn at random
+MOST_PERMUTATIONS = 50_000  # of more, this many are drawn at random
 
 
 class Speedup(NamedTuple):
@@ -177,7 +177,7 @@ def kendall_tau(rows: np.ndarray, y: np.ndarray) -> np.ndarray:
 def permutation_p(x: np.ndarray, y: np.ndarray) -> float:
     """Returns the two-sided p of Kendall's tau-b, over all orders of y.
 
-    Of more than MOST_PERMUTATIONS orders, so many are drawn at random.
+    Of more than MOST_PERMUTATIONS orders, that many are drawn at random.
     """
     if math.factorial(len(y)) <= MOST_PERMUTATIONS:
         orders = np.array(list(itertools.permutations(y)))

@@ -55,7 +55,7 @@ def paired_tests(losses: Mapping[str, Sequence[float]], baseline: str) -> dict[s
     counts = {len(values) for values in losses.values()}
     if len(counts) != 1 or not min(counts):
         raise ValueError(
-            "a paired test must get as many losses of each contender, at least 1; got "
+            "a paired test needs the same number of losses, 1 or more, of each contender; got "
             f"{', '.join(f'{name} {len(values)}' for name, values in losses.items())}."
         )
     n = counts.pop()

@@ -21,12 +21,11 @@ def all_finite(tree: Any) -> jax.Array:
 
 
 def is_sound(scalars: dict[str, jax.Array], state: Any, is_last: bool) -> bool:
-    """Returns whether a step's scalars are finite; after the last step, the state suffices.
-
-    So it does without scalars, if no step was taken since the start.
+    """Returns whether a state may be saved: if the scalars of its last step are finite.
 
     A skipped step changes nothing, but the update before it may be why it was skipped. Saving that
-    state would push an older, good checkpoint out of keep_last.
+    state would push an older, good checkpoint out of keep_last. After the run's last step, or if
+    there was no step since the start (no scalars), a finite state is enough.
     """
     numbers = jax.device_get(scalars)
     if numbers and not numbers["train/bad_steps"] and all(map(math.isfinite, numbers.values())):

@@ -1,7 +1,7 @@
 """The compiled programs of a run: one for each number of sequences that its steps have.
 
-All are compiled before the first step. They differ in the number of microbatches only, so that each
-needs the memory of the others; the microbatch is data.batch / accumulation sequences.
+All are compiled before the first step. They differ only in the number of microbatches, each of
+data.batch / accumulation sequences, so that all need the same memory.
 """
 
 import dataclasses
