@@ -175,9 +175,8 @@ def conclude(client: SshClient, job: Job, outcome: dict[str, Any]) -> int:
     note(f"job {job.id}: exit {outcome['code']} after {outcome.get('attempts', '?')} attempts")
     note(f"why: {outcome['why']}")
     if remaining:
-        alive = "; ".join(
-            f"{name}: pids {' '.join(map(str, remaining[name]))}" for name in remaining
-        )
+        listed = {name: " ".join(map(str, pids)) for name, pids in remaining.items()}
+        alive = "; ".join(f"{name}: pids {pids}" for name, pids in listed.items())
         note(f"STILL ALIVE, {alive}. To kill them: python -m launch.run stop {job.id} --now")
     elif unseen:
         note(f"{' '.join(unseen)}: unreachable, so processes may be left there")
