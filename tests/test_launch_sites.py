@@ -181,6 +181,14 @@ def test_sites_with_different_data_are_refused_before_the_start(bed, capfd):
     assert "nothing was started" in err and not living(bed)
 
 
+def write_rounds(folder, *participants):
+    """Appends rounds with these participants to a run's sites.jsonl."""
+    with open(folder / "sites.jsonl", "a") as file:
+        for names in participants:
+            tokens = dict.fromkeys(names, 1_024)
+            file.write(json.dumps({"participants": names, "tokens": tokens}) + "\n")
+
+
 def record_runs(tmp_path, monkeypatch, **west):
     """Records the job `two` of two sites with a run each; `west` changes west's config.json."""
     monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
@@ -190,9 +198,7 @@ def record_runs(tmp_path, monkeypatch, **west):
         times_s = series(60, median_s=1.0 if site == "west" else 2.0)
         fields = {"site": place} | (west if site == "west" else {})
         folder = write_run(tmp_path / site, times_s, **fields)
-        with open(folder / "metrics.jsonl", "a") as file:
-            for participants in (2, 1, 2):
-                file.write(json.dumps({"step": 60, "sites/participants": participants}) + "\n")
+        write_rounds(folder, ["west", "east"], ["east"], ["west", "east"])
         host = Host("h", "127.0.0.1", python=sys.executable, workdir=str(tmp_path / f"on_{site}"))
         record = {"argv": [f"--config.workdir={folder}"], "env": {}, "site": site, "parent": "two"}
         Job.create([host], Policy(), "", f"two.{site}", **record, folders={})
@@ -206,11 +212,10 @@ def test_reports_show_a_run_per_site_and_check_each(tmp_path, monkeypatch, capsy
     assert [Path(line["run"]).name for line in lines] == ["west", "east"]
     assert summary.main(["two.east"]) == 0
     assert "east" in (out := capsys.readouterr().out) and "west: loss" not in out
-    assert re.search(r"rounds of sites +3, 1 without a site\n", out)
-    with open(tmp_path / "east" / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"step": 60, "sites/participants": 1}) + "\n")
+    assert re.search(r"rounds of sites +3, 1 without west\n", out)
+    write_rounds(tmp_path / "east", ["east"])
     assert summary.main(["two.east"]) == 0
-    assert "4, 2 without a site, also the newest" in capsys.readouterr().out
+    assert "4, 2 without west, also the newest" in capsys.readouterr().out
     for sides in (["two"], ["two.west", str(tmp_path / "east")]):
         assert compare.main(sides) == 0
         assert re.search("A  west: .*\nB  east: .*\n.*the same work", capsys.readouterr().out)

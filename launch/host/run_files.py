@@ -12,6 +12,7 @@ from typing import BinaryIO
 from launch.host.log import TAIL_BYTES
 
 CONFIG, SUMMARY, METRICS = "config.json", "summary.json", "metrics.jsonl"
+ROUNDS = "sites.jsonl"  # of a run on several sites
 CLOCK = "clock.json"  # only in a copy: {"lead_s": how far the clock that wrote it is ahead of ours}
 PROCESSES = "hosts"  # folder of <process>.jsonl, one file per process
 # The files that a host may send.
@@ -41,7 +42,7 @@ def read_changes(
         {"files": {name: {"inode", "at" (offset), "base64", "tail"}}, "names": all files,
         "more": whether the size limit left something out, "time": this host's clock}
     """
-    paths = [folder / name for name in (CONFIG, SUMMARY, METRICS)]
+    paths = [folder / name for name in (CONFIG, SUMMARY, METRICS, ROUNDS)]
     paths = [path for path in (*paths, *process_files(folder)) if path.exists()]
     files, more = {}, False
     for path in paths:

@@ -2,7 +2,9 @@
 
 from statistics import fmean
 
+from launch.host.run_files import ROUNDS
 from launch.report.formats import duration, duration_or_ms, grouped, percent, rate, seconds, size
+from launch.report.json_files import read_json_lines
 from launch.report.run_folder import (
     DATA_WAIT,
     EVAL_LOSS,
@@ -115,16 +117,21 @@ def _stragglers(run: RunFolder) -> list[tuple[str, str]]:
 
 
 def _site_rounds(run: RunFolder) -> list[tuple[str, str]]:
-    """Returns the row `12, 3 without a site, also the newest`; [] for a run on one site."""
+    """Returns the row `12, 3 without west, also the newest`; [] for a run on one site."""
     place = run.config.get("site")
     names = place.get("sites") if isinstance(place, dict) else None
-    counts = [value for _, value in run.points("sites/participants")]
-    if not isinstance(names, list) or not counts:
+    rounds = read_json_lines(run.folder / ROUNDS) if isinstance(names, list) else []
+    # A line without tokens is a state that the site took over when it returned.
+    present = [record.get("participants") for record in rounds if record.get("tokens")]
+    present = [sites for sites in present if isinstance(sites, list)]
+    if not present:
         return []
-    fewer = sum(value < len(names) for value in counts)
-    text = f", {fewer} without a site" if fewer else ""
-    text += ", also the newest" if counts[-1] < len(names) else ""
-    return [("rounds of sites", f"{len(counts)}{text}")]
+    text = str(len(present))
+    for name in names:
+        if absent := sum(name not in sites for sites in present):
+            text += f", {absent} without {name}"
+            text += ", also the newest" if name not in present[-1] else ""
+    return [("rounds of sites", text)]
 
 
 def spark(values: list[float], width: int = 32) -> str:
