@@ -120,7 +120,9 @@ def _site_rounds(run: RunFolder) -> list[tuple[str, str]]:
     """Returns the row `12, 3 without west, also the newest`; [] for a run on one site."""
     place = run.config.get("site")
     names = place.get("sites") if isinstance(place, dict) else None
-    rounds = read_json_lines(run.folder / ROUNDS) if isinstance(names, list) else []
+    if not isinstance(names, list):
+        return []
+    rounds = read_json_lines(run.folder / ROUNDS)
     # A line without tokens is a state that the site took over when it returned.
     present = [record.get("participants") for record in rounds if record.get("tokens")]
     present = [sites for sites in present if isinstance(sites, list)]
