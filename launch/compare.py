@@ -160,7 +160,10 @@ def parse(argv: Sequence[str] | None, prog: str = "python -m launch.compare") ->
         help="normaliser of the verdict in the last line [roofline, else peak_flops, else raw]",
     )
     parser.add_argument(
-        "--may_differ", default="", metavar="NAMES", help="settings that may differ: a,b"
+        "--may_differ",
+        default="",
+        metavar="NAMES",
+        help="further settings that may differ, besides those that only report: a,b",
     )
     parser.add_argument(
         "--resamples",

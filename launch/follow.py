@@ -158,7 +158,9 @@ class JobMonitor:
             note(f"{mark}{host.name}: unreachable from here for {AWAY_S:.0f} s: {away[host]}")
             if len(away) == len(self.followers):
                 lease_s = self.job.policy.lease_s
-                end = f"stops {lease_s:.0f} s after its last terminal, unless it was detached"
+                end = (
+                    f"ends {lease_s:.0f} s after all terminals lost contact, unless it was detached"
+                )
                 end = end if lease_s else "runs on without it"
                 note(f"no host answers: this machine may be offline. The job {end}.")
         for host in self._away - away.keys():

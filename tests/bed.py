@@ -26,7 +26,7 @@ from pathlib import Path
 import relay
 
 OPERATOR = "operator"  # the operator's name on a relay
-NETWORKS = 250  # 10.77.0.0/24 and the following ones
+NETWORK, NETWORKS = "10.77", 250  # beds have NETWORK.0.0/24 and the following ones
 QUEUE = "5000"  # packets that a device queues until the relay reads them
 INIT = r"""
 set -e
@@ -81,7 +81,7 @@ def check_output(*argv: str) -> str:
 def own_network() -> Iterator[str]:
     """Yields the first three numbers of a /24 network that no other bed of this machine has."""
     for number in secrets.SystemRandom().sample(range(NETWORKS), NETWORKS):
-        network = f"10.77.{number}"
+        network = f"{NETWORK}.{number}"
         with socket.socket(socket.AF_UNIX) as owner:
             try:
                 owner.bind(f"\0jaxtrain-bed-{network}")  # the kernel frees it with the process

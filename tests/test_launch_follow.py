@@ -198,17 +198,21 @@ def test_a_job_that_never_started_cannot_be_followed(job):
         operate.follow([job], False)
 
 
+@pytest.mark.parametrize("lease_s, end", [(30.0, "ends 30 s after all"), (0.0, "runs on")])
 def test_a_host_that_answers_only_errors_is_reported_as_unreachable(
-    job, tmp_path, monkeypatch, capsys
+    job, tmp_path, monkeypatch, capsys, lease_s, end
 ):
+    job.policy = Policy(lease_s=lease_s)
     monkeypatch.setattr(follow_lib, "AWAY_S", 1.1)  # more than the first pause between two tries
     (tmp_path / "host").write_text("a file where the host needs its folder")
     with follow_lib.JobMonitor(LocalClient(job.hosts), job) as monitor:
-        deadline = time.monotonic() + 10
-        while "a: FileExistsError" not in capsys.readouterr().err:
+        deadline, err = time.monotonic() + 10, ""
+        while f"offline. The job {end}" not in err:
             assert time.monotonic() < deadline
             time.sleep(0.05)
             monitor.report_absent_hosts()
+            err += capsys.readouterr().err
+    assert "a: FileExistsError" in err
 
 
 def test_a_bug_in_a_follower_ends_the_monitor(job, host_folder, monkeypatch):

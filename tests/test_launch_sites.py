@@ -214,8 +214,14 @@ def test_reports_show_a_run_per_site_and_check_each(tmp_path, monkeypatch, capsy
     assert "east" in (out := capsys.readouterr().out) and "west: loss" not in out
     assert re.search(r"rounds of sites +3, 1 without west\n", out)
     write_rounds(tmp_path / "east", ["east"])
+    with open(tmp_path / "east" / "sites.jsonl", "a") as file:  # east takes over a state
+        file.write(json.dumps({"participants": ["west"], "tokens": {}}) + "\n")
     assert summary.main(["two.east"]) == 0
     assert "4, 2 without west, also the newest" in capsys.readouterr().out
+    with open(tmp_path / "east" / "sites.jsonl", "a") as file:
+        file.write("no JSON\n")
+    assert summary.main(["two.east"]) == 0
+    assert "sites.jsonl is damaged" in capsys.readouterr().out
     for sides in (["two"], ["two.west", str(tmp_path / "east")]):
         assert compare.main(sides) == 0
         assert re.search("A  west: .*\nB  east: .*\n.*the same work", capsys.readouterr().out)

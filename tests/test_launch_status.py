@@ -101,6 +101,19 @@ def test_a_host_cannot_give_the_status_of_another(job, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out) == {"host": "a", "processes": []}
 
 
+def test_processes_that_outlive_their_job_are_named_with_the_command_that_ends_them(
+    job, capsys, monkeypatch
+):
+    class Alive(LocalClient):
+        def call(self, host, request, timeout_s=60.0):
+            return {"processes": [12, 34]}
+
+    monkeypatch.setattr(operate, "GONE_S", 0.1)
+    operate.conclude(Alive(job.hosts), job, {"code": 1, "why": "x"})
+    said = f"STILL ALIVE, a: pids 12 34. To kill them: python -m launch.run stop {job.id} --now\n"
+    assert said in capsys.readouterr().err
+
+
 def test_what_a_host_says_of_the_end_cannot_look_like_a_line_of_the_launcher(job, capsys):
     class Quiet(LocalClient):
         def call(self, host, request, timeout_s=60.0):

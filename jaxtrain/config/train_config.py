@@ -61,7 +61,7 @@ class TrainConfig(Section):
     )
     eval_from: int = knob(
         0,
-        "first step that eval_every applies to, to evaluate often near the end of a run only",
+        "first step that eval_every applies to: set it to evaluate often only near the end",
         unit="steps",
         low=0,
     )

@@ -265,7 +265,8 @@ class RunLock:
         rule = f"only one run may write to a folder; {self.workdir} is in use by"
         if not owner:
             unnamed = f"a process that {path.name} does not name"
-            return f"{rule} {unnamed}. End it (`fuser -v {path}`), or set {self._flag}."
+            find = f"`fuser -v {path}` on its host shows the pid"
+            return f"{rule} {unnamed}. {find}: end it, or set {self._flag}."
         is_here = owner["host"] == socket.gethostname()
         where = "" if is_here else f" on {owner['host']}"
         job, stop = "", f"`kill {owner['pid']}`{where}"

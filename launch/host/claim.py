@@ -169,7 +169,8 @@ class Claim:
         folder, owner = self.path.parent, read_owner(self.path)
         if not owner:
             problem = f"a process that {self.path} does not name has locked it"
-            return RuntimeError(f"{problem}. End it (see `fuser -v`), or set another {WORKDIR}")
+            find = f"`fuser -v {self.path}` on its host shows the pid"
+            return RuntimeError(f"{problem}. {find}: end it, or set another {WORKDIR}")
         who = f"job {owner['job']} (pid {owner['pid']} on {owner['host']})"
         if self._in_doubt:
             problem = f"{self.path} names {who}, which may be running"

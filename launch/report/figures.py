@@ -122,7 +122,10 @@ def _site_rounds(run: RunFolder) -> list[tuple[str, str]]:
     names = place.get("sites") if isinstance(place, dict) else None
     if not isinstance(names, list):
         return []
-    rounds = read_json_lines(run.folder / ROUNDS)
+    try:
+        rounds = read_json_lines(run.folder / ROUNDS)
+    except ValueError:  # a resume needs this file: the trainer says how to repair it
+        return [("rounds of sites", f"{ROUNDS} is damaged")]
     # A line without tokens is a state that the site took over when it returned.
     present = [record.get("participants") for record in rounds if record.get("tokens")]
     present = [sites for sites in present if isinstance(sites, list)]

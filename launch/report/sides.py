@@ -11,6 +11,7 @@ from launch.report.run_folder import EVAL_LOSS, LOSS, RunFolder, find_runs
 
 # Settings in which runs of the same work may differ.
 NOT_WORK = ("workdir", "compile_cache", "checkpoint.storage", "seed")
+# REPORT_SECTIONS of jaxtrain, which launch cannot import.
 NOT_WORK_SECTIONS = ("eval.", "measure.", "profile.", "export.", "notify.")
 EXTERNAL = {  # key of a [[side]] -> its type; the first seven are required
     "name": str,
