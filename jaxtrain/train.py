@@ -143,10 +143,7 @@ def train(
         first = int(state.step)
         if broadcast_from_process_0(lambda: is_finished(workdir, cfg.steps, first)):
             if jax.process_index() == 0:
-                print(
-                    f"nothing left to train: {workdir} is at step {first} of {cfg.steps}. "
-                    "Set --steps or another --workdir."
-                )
+                print(f"nothing left to train: {workdir} is at step {first}; --steps={cfg.steps}")
             return 0
 
         # Logging: the start-up lines, config.json and the metrics files.

@@ -243,7 +243,7 @@ def test_a_site_whose_run_cannot_be_read_does_not_hide_another(tmp_path, monkeyp
             monkeypatch.setattr(summary, "is_over", lambda source: True)
         assert summary.main(["two", *options]) == 1
         out, err = capsys.readouterr()
-        assert "east: loss" in out and "west" not in out and "two.west" in err
+        assert "east: loss" in out and "west: loss" not in out and "two.west" in err
     shutil.rmtree(tmp_path / "east")
     shutil.rmtree(tmp_path / "jobs" / "two.east" / "run")
     assert summary.main(["two"]) == 1 and not capsys.readouterr().out

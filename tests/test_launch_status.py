@@ -67,7 +67,7 @@ def test_a_header_that_is_nested_too_deeply_has_no_meaning():
         ({"alive": False, "processes": [*range(9)]}, "pids 0 1 2 3 4 5 6 7 ...\n"),
         ({"outcome": ENDED, "processes": [12]}, "done; STILL ALIVE: pids 12\n"),
         ({"alive": True, "processes": [12], **STEP_40}, "supervised     rank 1 step 40 train\n"),
-        ({"alive": True, "age_s": 16.0}, "SILENT         its supervisor hangs, and is"),
+        ({"alive": True, "age_s": 16.0}, "SILENT         its supervisor hangs and will be"),
         ({"report": {"ranks": [RANK]}}, "rank 1 step 40 train (STRAGGLER in data; data 1.95x)"),
         ({"report": {"ranks": [RANK | {"slow": []}]}}, "rank 1 step 40 train (data 1.95x)"),
         ({"report": {"ranks": [RANK | {"ratios": {"data": "x"}}]}}, "no meaning"),
