@@ -121,6 +121,18 @@ def test_every_run_is_trained_once_although_two_processes_share_them(outputs):
     assert Work(plan).pending() == []
 
 
+def test_a_run_that_another_process_ends_just_before_the_claim_is_not_reported_as_trained(
+    tmp_path, monkeypatch
+):
+    plan, lines = tiny_plan(tmp_path), []
+    process = Work(plan, None, lines.append, invent)
+    trial = process.pending()[0]
+    run_trial(trial, None, invent)
+    monkeypatch.setattr("jaxtrain.study.work.is_finished", lambda trial: False)  # a moment ago
+    assert process._try(trial)
+    assert (lines, process.reused, process.count) == ([], 1, 1)
+
+
 def test_a_claim_holds_until_its_process_dies_and_is_then_taken_over(outputs):
     plan, ours, theirs = outputs
     waited = next(i for i, line in enumerate(ours) if line.startswith("waiting for"))

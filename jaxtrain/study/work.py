@@ -195,13 +195,21 @@ class Work:
         """Trains a run; returns False if another process works on it."""
         if self._find(trial):  # another process has ended it in the meantime
             return True
-        start_s = time.monotonic()
+        start_s, begun = time.monotonic(), []
+
+        def begin(*args: Any, **options: Any) -> int:
+            begun.append(trial)
+            return self._train(*args, **options)
+
         try:
-            result = run_trial(trial, self._devices, self._train)
+            result = run_trial(trial, self._devices, begin)
         except RunLocked:
             return False
         self._waits = False
         self._results[_key(trial)] = result
+        if not begun:  # another process has ended it since the look above
+            self.reused += 1
+            return True
         self.write_records()
         seconds = time.monotonic() - start_s
         self._seconds_per_cost.append(seconds / self._costs[trial.condition])
