@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from jaxtrain.config import train_config as config_lib
+from jaxtrain.files import write_atomic
 from jaxtrain.run_directory.contents import CONFIG, SUMMARY
 from jaxtrain.run_directory.lock import RunLock, RunLocked
 from jaxtrain.study.plan import build_plan
@@ -55,9 +56,10 @@ def invent(cfg, devices, quiet):
     loss += 0.1 * NAMES.index(folder.parts[-3]) + 0.01 * cfg.seed
     time.sleep(0.02)
     (folder / "metrics.jsonl").write_text(json.dumps({"step": cfg.steps, "eval/loss_nats": loss}))
-    (folder / CONFIG).write_text(json.dumps({"config": config_lib.to_dict(cfg), "data": {}}))
+    # As in a real run, another process never reads a part of these files.
+    write_atomic(folder / CONFIG, json.dumps({"config": config_lib.to_dict(cfg), "data": {}}))
     summary = {"step": cfg.steps, "stopped_by": None, "eval/loss_nats": loss}
-    (folder / SUMMARY).write_text(json.dumps(summary))
+    write_atomic(folder / SUMMARY, json.dumps(summary))
     return 0
 
 
