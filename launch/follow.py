@@ -158,10 +158,8 @@ class JobMonitor:
             note(f"{mark}{host.name}: unreachable from here for {AWAY_S:.0f} s: {away[host]}")
             if len(away) == len(self.followers):
                 lease_s = self.job.policy.lease_s
-                end = (
-                    f"ends {lease_s:.0f} s after all terminals lost contact, unless it was detached"
-                )
-                end = end if lease_s else "runs on without it"
+                when = f"{lease_s:.0f} s after all terminals lost contact"
+                end = f"ends {when}, unless it was detached" if lease_s else "runs on without it"
                 note(f"no host answers: this machine may be offline. The job {end}.")
         for host in self._away - away.keys():
             note(f"{host.name}: reachable again")

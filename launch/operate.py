@@ -175,8 +175,7 @@ def conclude(client: SshClient, job: Job, outcome: dict[str, Any]) -> int:
     note(f"job {job.id}: exit {outcome['code']} after {outcome.get('attempts', '?')} attempts")
     note(f"why: {outcome['why']}")
     if remaining:
-        listed = {name: " ".join(map(str, pids)) for name, pids in remaining.items()}
-        alive = "; ".join(f"{name}: pids {pids}" for name, pids in listed.items())
+        alive = "; ".join(f"{name}: {_list_pids(pids)}" for name, pids in remaining.items())
         note(f"STILL ALIVE, {alive}. To kill them: python -m launch.run stop {job.id} --now")
     elif unseen:
         note(f"{' '.join(unseen)}: unreachable, so processes may be left there")
@@ -235,9 +234,13 @@ def _describe(answer: dict[str, Any]) -> str:
     if why is None and age_s > OLD_S:
         state += f" ({_format_age(age_s)} ago)"
     if (left := answer.get("processes")) and (why is not None or not answer.get("alive")):
-        more = " ..." if len(left) > PIDS_SHOWN else ""
-        state += f"; STILL ALIVE: pids {' '.join(map(str, left[:PIDS_SHOWN]))}{more}"
+        state += f"; STILL ALIVE: {_list_pids(left)}"
     return f"attempt {answer.get('attempt', '-')}  {alive:13}  {state}"
+
+
+def _list_pids(pids: Sequence[int]) -> str:
+    more = " ..." if len(pids) > PIDS_SHOWN else ""
+    return f"pids {' '.join(map(str, pids[:PIDS_SHOWN]))}{more}"
 
 
 def _format_age(age_s: float) -> str:
