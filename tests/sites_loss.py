@@ -3,13 +3,13 @@
     python tests/sites_loss.py --out=FILE --minutes=60    again with the same FILE: continues
     python tests/sites_loss.py --out=FILE --report        prints the tables
 
-Every run sees the same number of tokens: one site with the whole batch ("one"), or two sites with
-half of it each, which are two processes of `jaxtrain train` with a core each. "half" is one site
-with half of the batch, so with half of the tokens. Model, optimizer and text are those of Muon in
-configs/study_transferred.py; nothing of the optimizer is tuned again for two sites. The outer rate
-and momentum are chosen first, by six runs on a seed of their own. FILE gets a line for each run
-with its flags and its held-out loss, which must be equal at both sites; lines with other flags than
-the current ones are ignored.
+Within a table every run sees the same number of tokens: one site with the whole batch ("one"), or
+two sites with half of it each, which are two processes of `jaxtrain train` with a core each. "half"
+is one site with half of the batch, so with half of the tokens. Model, optimizer and text are those
+of Muon in configs/study_transferred.py; nothing of the optimizer is tuned again for two sites,
+except in the runs that name a learning rate. The outer rate and momentum are chosen first, by six
+runs on a seed of their own. FILE gets a line for each run with its flags and its held-out loss,
+which must be equal at both sites; lines with other flags than the current ones are ignored.
 """
 
 import argparse
@@ -52,35 +52,69 @@ FLAGS = {
     "optim.weight_decay": 0.05,
     "optim.warmup_steps": 50,
 }
-TUNING_SEED, SEEDS = 11, (1, 2, 3, 4, 5)
+TUNING_SEED = 11
 TUNED = [(rate, momentum) for momentum in (0.0, 0.3, 0.6) for rate in (0.7, 1.0)]
 PERIOD = 30
-LIMIT_S = 1_800.0
-# What is measured with the outer rate and momentum that were chosen: {name: flags of sites.*}
-RUNS = {f"period {period}": {"period": period} for period in (10, PERIOD, 100)}
+LIMIT_S = 1.2  # for each step, after which a run is ended
+# {name: flags}; two sites also get the outer rate and momentum that were chosen.
+RUNS: dict[str, dict[str, Any]] = {"one": {}, "half": {}}
+RUNS |= {f"period {period}": {"sites.period": period} for period in (10, PERIOD, 100)}
 RUNS |= {
-    f"period {PERIOD}, {codec}": {"period": PERIOD, "codec": codec}
+    f"period {PERIOD}, {codec}": {"sites.period": PERIOD, "sites.codec": codec}
     for codec in ("bf16", "int8", "int4", "int2")
 }
 RUNS |= {
-    f"period {PERIOD}, 3 fragments": {"period": PERIOD, "fragments": 3},
+    f"period {PERIOD}, 3 fragments": {"sites.period": PERIOD, "sites.fragments": 3},
     # Without grace, every exchange is used exactly 29 steps later, whichever site is faster.
-    f"period {PERIOD}, delay 29": {"period": PERIOD, "delay": 29, "grace": 0},
+    f"period {PERIOD}, delay 29": {"sites.period": PERIOD, "sites.delay": 29, "sites.grace": 0},
+    f"period {PERIOD}, learning rate 0.02": {
+        "sites.period": PERIOD,
+        "optim.learning_rate": 0.02,
+    },
+    "learning rate 0.02": {"optim.learning_rate": 0.02},
 }
 
 
+class Table(NamedTuple):
+    """Runs that are compared with "one": those of some names, for each of the seeds."""
+
+    title: str
+    flags: dict[str, Any]  # besides FLAGS
+    names: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+def steps(number: int) -> dict[str, int]:
+    return {"steps": number, "save_every": number}
+
+
+BIGGER = {"model.D": 128, "model.H": 4, "model.G": 4, "model.F": 384}  # 492,288 parameters
+FEW = ("one", f"period {PERIOD}")
+TABLES = [
+    Table("All kinds", {}, tuple(RUNS), (1, 2, 3)),
+    Table("Five seeds", {}, ("one", "half", FEW[1], f"period {PERIOD}, int4"), (1, 2, 3, 4, 5)),
+    Table("A quarter of the tokens", steps(STEPS // 4), FEW, (1, 2, 3)),
+    Table("Four times the tokens", steps(4 * STEPS), FEW, (1,)),
+    Table("492,288 parameters", steps(2400) | BIGGER, FEW, (1, 2, 3)),
+    Table("492,288 parameters, four times the tokens", steps(9600) | BIGGER, FEW, (1,)),
+]
+
+
 class Run(NamedTuple):
-    """A run: its name, its seed, and its flags of sites.*, none for one site."""
+    """A run: its name, its seed, and its flags besides FLAGS."""
 
     name: str
     seed: int
-    sites: dict[str, Any]
+    own: dict[str, Any]
+
+    @property
+    def two_sites(self) -> bool:
+        return any(name.startswith("sites.") for name in self.own)
 
     @property
     def flags(self) -> dict[str, Any]:
-        half = bool(self.sites) or self.name == "half"
-        flags = FLAGS | {"seed": self.seed, "data.batch": BATCH // 2 if half else BATCH}
-        return flags | {f"sites.{name}": value for name, value in self.sites.items()}
+        batch = BATCH // 2 if self.two_sites or self.name == "half" else BATCH
+        return FLAGS | {"seed": self.seed, "data.batch": batch} | self.own
 
 
 def start(folder: Path, cores: set[int], flags: dict[str, Any]) -> subprocess.Popen:
@@ -104,7 +138,7 @@ def held_out_loss(folder: Path) -> float:
 def train(run: Run, folder: Path) -> dict[str, Any]:
     """Trains at one site, or at two; returns the line for the file."""
     cores, start_s = sorted(os.sched_getaffinity(0)), time.monotonic()
-    if run.sites:
+    if run.two_sites:
         listed = [
             {"name": site, "processes": [{"address": "127.0.0.1", "port": port}]}
             for site, port in zip("ab", free_ports(2), strict=True)
@@ -124,7 +158,7 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
         while any(process.poll() is None for process in started.values()):
             if any(process.poll() for process in started.values()):
                 break  # the other site would wait for it
-            if time.monotonic() - start_s > LIMIT_S:
+            if time.monotonic() - start_s > LIMIT_S * run.flags["steps"]:
                 break
             time.sleep(0.5)
     finally:
@@ -153,25 +187,54 @@ def find(rows: list[dict[str, Any]], run: Run) -> float | None:
 def tuning_runs() -> list[Run]:
     """Returns the runs that choose the outer rate and momentum."""
     return [
-        Run(f"outer rate {rate}, momentum {momentum}", TUNING_SEED, sites)
+        Run(
+            f"outer rate {rate}, momentum {momentum}",
+            TUNING_SEED,
+            {"sites.period": PERIOD, "sites.rate": rate, "sites.momentum": momentum},
+        )
         for rate, momentum in TUNED
-        for sites in [{"period": PERIOD, "rate": rate, "momentum": momentum}]
     ]
 
 
-def compared_runs(rows: list[dict[str, Any]]) -> list[Run]:
-    """Returns the runs with the outer step that was best; [] until all have been tried."""
+def runs_of(table: Table, rows: list[dict[str, Any]]) -> list[Run]:
+    """Returns a table's runs, with the outer step that was best; [] until all have been tried."""
     tried = [(loss, run) for run in tuning_runs() if (loss := find(rows, run)) is not None]
     if len(tried) < len(TUNED):
         return []
-    best = min(tried, key=lambda pair: pair[0])[1].sites
-    kinds = {"one": {}, "half": {}} | {name: best | sites for name, sites in RUNS.items()}
-    return [Run(name, seed, sites) for seed in SEEDS for name, sites in kinds.items()]
+    best = min(tried, key=lambda pair: pair[0])[1].own
+    runs = []
+    for seed in table.seeds:
+        for name in table.names:
+            run = Run(name, seed, table.flags | RUNS[name])
+            runs.append(run._replace(own=best | run.own) if run.two_sites else run)
+    return runs
 
 
 def next_run(rows: list[dict[str, Any]]) -> Run | None:
-    runs = tuning_runs() + compared_runs(rows)
+    runs = tuning_runs() + [run for table in TABLES for run in runs_of(table, rows)]
     return next((run for run in runs if find(rows, run) is None), None)
+
+
+def format_table(table: Table, rows: list[dict[str, Any]]) -> list[str]:
+    """Returns the lines of a table over the seeds whose runs are all there; [] if none are."""
+    found = [(run, find(rows, run)) for run in runs_of(table, rows)]
+    missing = {run.seed for run, loss in found if loss is None}
+    losses: dict[str, list[float]] = {}
+    for run, loss in found:
+        if loss is not None and run.seed not in missing:
+            losses.setdefault(run.name, []).append(loss)
+    if not losses:
+        return []
+    seeds = [seed for seed in table.seeds if seed not in missing]
+    lines = ["", f"{table.title}; seeds {seeds}; p is not corrected for the number of rows.", ""]
+    lines += ["| run | loss | - one | standard error | p |", "|---|---|---|---|---|"]
+    for name, test in paired_tests(losses, "one").items():
+        cells = [name, f"{mean_sd(losses[name])[0]:.4f}"]
+        shown = [f"{test.difference:+.4f}", f"{test.se:.4f}", f"{test.p:.2g}"]
+        known = 0 if name == "one" else 1 if len(seeds) == 1 else 3  # one seed shows no spread
+        cells += shown[:known] + [""] * (3 - known)
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def report(rows: list[dict[str, Any]]) -> str:
@@ -180,24 +243,8 @@ def report(rows: list[dict[str, Any]]) -> str:
     for run in tuning_runs():
         loss = find(rows, run)
         lines.append(f"| {run.name} | {'' if loss is None else f'{loss:.4f}'} |")
-    losses: dict[str, list[float]] = {}
-    complete = []
-    for seed in SEEDS:
-        found = {run.name: find(rows, run) for run in compared_runs(rows) if run.seed == seed}
-        if found and None not in found.values():
-            complete.append(seed)
-            for name, loss in found.items():
-                losses.setdefault(name, []).append(loss)
-    if not complete:
-        return "\n".join(lines)
-    tests = paired_tests(losses, "one")
-    lines += ["", f"Seeds {complete}; p is not corrected for the number of rows:", ""]
-    lines += ["| run | loss | - one | standard error | p |", "|---|---|---|---|---|"]
-    for name, values in losses.items():
-        text = f"| {name} | {mean_sd(values)[0]:.4f} |"
-        if test := tests.get(name):
-            text += f" {test.difference:+.4f} | {test.se:.4f} | {test.p:.2g} |"
-        lines.append(text)
+    for table in TABLES:
+        lines += format_table(table, rows)
     return "\n".join(lines)
 
 
