@@ -1,6 +1,6 @@
 r"""A tiny GPT-2 with a tied head, to compare with PyTorch: 118,528 parameters.
 
-python -m jaxtrain.crosscheck run --config=configs/crosscheck_gpt2.py --steps=50 --precision=float64
+jaxtrain crosscheck run crosscheck_gpt2 --steps=50 --precision=float64
 """
 
 from configs import base

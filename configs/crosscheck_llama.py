@@ -1,6 +1,6 @@
 r"""A tiny Llama with grouped queries, to compare with PyTorch: 125,248 parameters, untied head.
 
-python -m jaxtrain.crosscheck run --config=configs/crosscheck_llama.py --precision=float64
+jaxtrain crosscheck run crosscheck_llama --precision=float64
 """
 
 from configs import base

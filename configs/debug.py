@@ -1,6 +1,6 @@
 r"""A tiny model that trains in seconds on any machine, for tests: 35,008 parameters.
 
-python -m jaxtrain.train --config=configs/debug.py
+jaxtrain train debug
 """
 
 from configs import base

@@ -1,6 +1,6 @@
 r"""GPT-2 small: 124,475,904 parameters, vocabulary padded to 50304.
 
-python -m jaxtrain.train --config=configs/gpt_124m.py --config.data.shards=DIR
+jaxtrain train gpt_124m --data.shards=DIR
 """
 
 from configs import gpt2

@@ -1,6 +1,6 @@
 r"""GPT-2 XL: 1,557,686,400 parameters, vocabulary padded to 50304.
 
-python -m jaxtrain.train --config=configs/gpt_1558m.py --config.data.shards=DIR
+jaxtrain train gpt_1558m --data.shards=DIR
 """
 
 from configs import gpt2

@@ -1,6 +1,6 @@
 r"""GPT-2 medium: 354,871,296 parameters, vocabulary padded to 50304.
 
-python -m jaxtrain.train --config=configs/gpt_350m.py --config.data.shards=DIR
+jaxtrain train gpt_350m --data.shards=DIR
 """
 
 from configs import gpt2

@@ -1,6 +1,6 @@
 r"""GPT-2 large: 774,090,240 parameters, vocabulary padded to 50304.
 
-python -m jaxtrain.train --config=configs/gpt_774m.py --config.data.shards=DIR
+jaxtrain train gpt_774m --data.shards=DIR
 """
 
 from configs import gpt2

@@ -1,7 +1,7 @@
 r"""Track 3 of modded-nanogpt, its tuned Muon baseline: 162,354,816 parameters, target 3.28.
 
     python data/cached_fineweb10B.py 18
-    python -m jaxtrain.train --config=configs/gpt_track3.py
+    jaxtrain train gpt_track3
 
 The first command is modded-nanogpt's; it downloads data/fineweb10B. docs/study.md lists what
 equals the benchmark and what differs.

@@ -1,6 +1,6 @@
 r"""The shape of SmolLM2-135M: 134,515,008 parameters, GQA 9:3, tied head.
 
-    python -m jaxtrain.train --config=configs/llama_135m.py --config.data.shards=DIR
+    jaxtrain train llama_135m --data.shards=DIR
 
 Source: Allal et al. 2025, https://arxiv.org/abs/2502.02737
 """

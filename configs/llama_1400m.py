@@ -1,12 +1,12 @@
 r"""Llama with GQA 16:4: 1,378,461,696 parameters, vocabulary padded to 50304.
 
-    python -m jaxtrain.train --config=configs/llama_1400m.py --config.data.shards=DIR
+    jaxtrain train llama_1400m --data.shards=DIR
 
 One step on a CPU, which needs 20 GiB:
 
-    python -m jaxtrain.train --config=configs/llama_1400m.py --config.steps=1 \
-        --config.accumulation=1 --config.data.batch=1 --config.data.seq_len=64 \
-        --config.data.text=README.md
+    jaxtrain train llama_1400m --steps=1 \
+        --accumulation=1 --data.batch=1 --data.seq_len=64 \
+        --data.text=README.md
 """
 
 from configs import llama

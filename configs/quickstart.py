@@ -1,6 +1,6 @@
 r"""A byte-level model that trains in minutes on 2 CPU cores: 3,541,760 parameters.
 
-python -m jaxtrain.train --config=configs/quickstart.py
+jaxtrain train quickstart
 """
 
 from configs import base

@@ -2,7 +2,7 @@ r"""A study of Muon, Muon with gradient transport and AdamW: 3,541,760 parameter
 
 It makes 66 runs, with and without heavy-tailed noise, in an hour or more on 2 CPU cores.
 
-python -m jaxtrain.study --config=configs/study.py
+jaxtrain study study
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 r"""A study of four optimizers that takes minutes on 2 CPU cores: 115,072 parameters.
 
-python -m jaxtrain.study --config=configs/study_quick.py
+jaxtrain study study_quick
 """
 
 from ml_collections import ConfigDict

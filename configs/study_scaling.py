@@ -6,8 +6,8 @@ processes on 2 cores need about 11 hours: a token takes 21, 39 and 65 us of a co
 AVX2; SOAP takes 6 % longer), and start, compilation and evaluation about 12 s a run. The results
 are written after every size and horizon. Start it once for each core:
 
-taskset -c 0 python -m jaxtrain.study --config=configs/study_scaling.py
-taskset -c 1 python -m jaxtrain.study --config=configs/study_scaling.py
+taskset -c 0 jaxtrain study study_scaling
+taskset -c 1 jaxtrain study study_scaling
 
 The smallest size is there to tune: each contender has 12 runs for four fields. 300k-1x starts from
 these settings and has 3 runs, and its settings are used at longer horizons and at 500k.

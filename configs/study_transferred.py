@@ -3,10 +3,10 @@ r"""A study of nine optimizers at 289,376 parameters, with settings that were tu
 Each contender's settings are those that study_scaling's search of 12 runs found in its smallest
 cell (docs/study_scaling.csv). They are not tuned again, as in large runs, which tests how well they
 transfer. Each contender has 3 runs of 20 tokens a parameter, on paired seeds. A run takes about
-4 minutes of a core (AMD EPYC with AVX2). Start it once for each core:
+5.5 minutes of a core (AMD EPYC with AVX2, both cores busy). Start it once for each core:
 
-taskset -c 0 python -m jaxtrain.study --config=configs/study_transferred.py
-taskset -c 1 python -m jaxtrain.study --config=configs/study_transferred.py
+taskset -c 0 jaxtrain study study_transferred
+taskset -c 1 jaxtrain study study_transferred
 """
 
 from ml_collections import ConfigDict

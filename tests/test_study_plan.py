@@ -189,7 +189,7 @@ def test_shipped_studies_are_fair_and_state_their_size_and_command(name):
     for cell in plan.cells.values():
         assert f"{cell.parameters:,}" in module.__doc__
     assert "parameters" in module.__doc__
-    assert f"python -m jaxtrain.study --config=configs/{name}.py" in module.__doc__
+    assert f"jaxtrain study {name}\n" in module.__doc__
 
 
 def test_the_study_of_horizons_states_its_runs_and_compares_with_the_published_figures():

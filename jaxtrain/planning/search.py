@@ -233,7 +233,7 @@ def settings_table(settings: Sequence[Figures]) -> str:
 
 CONFIG = '''"""{name} as jaxtrain.plan --fit chose it for {devices} x {chip} with jax {version}.
 
-    python -m jaxtrain.train --config=THIS_FILE
+    jaxtrain train THIS_FILE
 """
 
 from configs import {name}
