@@ -4,15 +4,17 @@
     python tests/sites_loss.py --out=FILE --report        prints the tables
 
 Within a table every run sees the same number of tokens: one site with the whole batch ("one"), or
-two sites with half of it each, which are two processes of `jaxtrain train` with a core each. "half"
-is one site with half of the batch, so with half of the tokens. Model, optimizer and text are those
-of Muon in configs/study_transferred.py; nothing of the optimizer is tuned again for two sites,
-except in the runs that name a learning rate. The outer rate and momentum are chosen first, by six
-runs on a seed of their own. FILE gets a line for each run with its flags and its held-out loss,
-which must be equal at both sites; lines with other flags than the current ones are ignored.
+two sites with half of it each. "half" is one site with half of the batch, so with half of the
+tokens. A site is a process of `jaxtrain train` on one core; two sites, or two runs of one site,
+train at a time. Model, optimizer and text are those of Muon in configs/study_transferred.py;
+nothing of the optimizer is tuned again for two sites, except in the runs that name a learning rate.
+The outer rate and momentum are chosen first, by six runs on a seed of their own. FILE gets a line
+for each run with its flags and its held-out loss, which must be equal at both sites; lines with
+other flags than the current ones are ignored.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -91,8 +93,8 @@ def steps(number: int) -> dict[str, int]:
 BIGGER = {"model.D": 128, "model.H": 4, "model.G": 4, "model.F": 384}  # 492,288 parameters
 FEW = ("one", f"period {PERIOD}")
 TABLES = [
-    Table("All kinds", {}, tuple(RUNS), (1, 2, 3)),
     Table("Five seeds", {}, ("one", "half", FEW[1], f"period {PERIOD}, int4"), (1, 2, 3, 4, 5)),
+    Table("All kinds", {}, tuple(RUNS), (1, 2, 3)),
     Table("A quarter of the tokens", steps(STEPS // 4), FEW, (1, 2, 3)),
     Table("Four times the tokens", steps(4 * STEPS), FEW, (1,)),
     Table("492,288 parameters", steps(2400) | BIGGER, FEW, (1, 2, 3)),
@@ -117,8 +119,8 @@ class Run(NamedTuple):
         return FLAGS | {"seed": self.seed, "data.batch": batch} | self.own
 
 
-def start(folder: Path, cores: set[int], flags: dict[str, Any]) -> subprocess.Popen:
-    """Starts a trainer on some of this machine's cores."""
+def start(folder: Path, core: int, flags: dict[str, Any]) -> subprocess.Popen:
+    """Starts a trainer on one of this machine's cores."""
     argv = [sys.executable, "-m", "jaxtrain", "train", "debug", f"--workdir={folder}"]
     with open(f"{folder}.txt", "wb") as output:
         return subprocess.Popen(
@@ -127,51 +129,66 @@ def start(folder: Path, cores: set[int], flags: dict[str, Any]) -> subprocess.Po
             env=os.environ | {"JAX_PLATFORMS": "cpu"},
             stdout=output,
             stderr=output,
-            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
         )
 
 
-def held_out_loss(folder: Path) -> float:
-    return json.loads((folder / "summary.json").read_text())["eval/loss_nats"]
+def start_run(run: Run, folder: Path, cores: list[int]) -> dict[Path, subprocess.Popen]:
+    """Starts one trainer, or two that are linked; returns {run directory: its trainer}."""
+    if not run.two_sites:
+        return {folder / "a": start(folder / "a", cores[0], run.flags)}
+    listed = [
+        {"name": site, "processes": [{"address": "127.0.0.1", "port": port}]}
+        for site, port in zip("ab", free_ports(2), strict=True)
+    ]
+    key, file = os.urandom(32).hex(), folder / "sites.json"
+    file.touch(0o600)
+    file.write_text(json.dumps({"version": VERSION, "job": run.name, "key": key, "sites": listed}))
+    flags = run.flags | {"sites_file": file}
+    return {
+        folder / site: start(folder / site, cores[i % len(cores)], flags | {"site": site})
+        for i, site in enumerate("ab")
+    }
 
 
-def train(run: Run, folder: Path) -> dict[str, Any]:
-    """Trains at one site, or at two; returns the line for the file."""
-    cores, start_s = sorted(os.sched_getaffinity(0)), time.monotonic()
-    if run.two_sites:
-        listed = [
-            {"name": site, "processes": [{"address": "127.0.0.1", "port": port}]}
-            for site, port in zip("ab", free_ports(2), strict=True)
-        ]
-        key, file = os.urandom(32).hex(), folder / "sites.json"
-        file.touch(0o600)
-        content = {"version": VERSION, "job": run.name, "key": key, "sites": listed}
-        file.write_text(json.dumps(content))
-        flags = run.flags | {"sites_file": file}
-        started = {
-            folder / site: start(folder / site, {cores[i % len(cores)]}, flags | {"site": site})
-            for i, site in enumerate("ab")
-        }
-    else:
-        started = {folder / "a": start(folder / "a", set(cores), run.flags)}
+def wait(trainers: list[subprocess.Popen], limit_s: float) -> None:
+    """Waits until all have ended; ends the others if one fails, and all after limit_s."""
+    start_s = time.monotonic()
     try:
-        while any(process.poll() is None for process in started.values()):
-            if any(process.poll() for process in started.values()):
+        while any(trainer.poll() is None for trainer in trainers):
+            if any(trainer.poll() for trainer in trainers):
                 break  # the other site would wait for it
-            if time.monotonic() - start_s > LIMIT_S * run.flags["steps"]:
+            if time.monotonic() - start_s > limit_s:
                 break
             time.sleep(0.5)
     finally:
-        for process in started.values():
-            process.kill()
-    if statuses := [process.wait() for process in started.values() if process.wait()]:
+        for trainer in trainers:
+            trainer.kill()
+
+
+def result(run: Run, started: dict[Path, subprocess.Popen]) -> dict[str, Any]:
+    """Returns a run's line for the file, once its trainers have ended."""
+    if statuses := [status for trainer in started.values() if (status := trainer.wait())]:
         ends = [Path(f"{path}.txt").read_text()[-1500:] for path in started]
         raise RuntimeError("\n".join([f"{run}: exit status {statuses}", *ends]))
-    losses = {held_out_loss(path) for path in started}
+    losses = {json.loads((path / "summary.json").read_text())["eval/loss_nats"] for path in started}
     if len(losses) != 1:
         raise RuntimeError(f"{run}: the sites' held-out losses differ: {sorted(losses)}")
-    row = {"name": run.name, "seed": run.seed, "loss_nats": losses.pop(), "flags": run.flags}
-    return row | {"seconds": round(time.monotonic() - start_s)}
+    return {"name": run.name, "seed": run.seed, "loss_nats": losses.pop(), "flags": run.flags}
+
+
+def train(runs: list[Run], folder: Path) -> list[dict[str, Any]]:
+    """Trains one run of two sites, or runs of one site on a core each; returns their lines."""
+    cores, start_s = sorted(os.sched_getaffinity(0)), time.monotonic()
+    started = []
+    for i, run in enumerate(runs):
+        (folder / str(i)).mkdir()
+        started.append(start_run(run, folder / str(i), cores[i:] + cores[:i]))
+    trainers = [trainer for processes in started for trainer in processes.values()]
+    wait(trainers, LIMIT_S * max(run.flags["steps"] for run in runs))
+    seconds = round(time.monotonic() - start_s)
+    rows = [result(run, processes) for run, processes in zip(runs, started, strict=True)]
+    return [row | {"seconds": seconds} for row in rows]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -210,9 +227,18 @@ def runs_of(table: Table, rows: list[dict[str, Any]]) -> list[Run]:
     return runs
 
 
-def next_run(rows: list[dict[str, Any]]) -> Run | None:
+def next_runs(rows: list[dict[str, Any]], cores: int) -> list[Run]:
+    """Returns the runs to train next, at the same time: two sites, or one site on each core."""
     runs = tuning_runs() + [run for table in TABLES for run in runs_of(table, rows)]
-    return next((run for run in runs if find(rows, run) is None), None)
+    waiting: list[Run] = []
+    for run in runs:
+        if find(rows, run) is None and run not in waiting:
+            waiting.append(run)
+    if not waiting or waiting[0].two_sites:
+        return waiting[:1]
+    work = lambda run: (run.two_sites, run.flags["steps"], run.flags["data.batch"])
+    alike = (run for run in waiting if work(run) == work(waiting[0]))  # they end together
+    return list(itertools.islice(alike, cores))
 
 
 def format_table(table: Table, rows: list[dict[str, Any]]) -> list[str]:
@@ -260,14 +286,15 @@ def main() -> None:
     commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     until_s = time.monotonic() + 60 * args.minutes
     while not args.report and time.monotonic() < until_s:
-        if (chosen := next_run(read(args.out))) is None:
+        if not (chosen := next_runs(read(args.out), len(os.sched_getaffinity(0)))):
             break
         folder = Path(tempfile.mkdtemp(prefix="jaxtrain-sites-loss-"))
-        row = train(chosen, folder) | {"commit": commit, "date": time.strftime("%Y-%m-%d")}
+        when = {"commit": commit, "date": time.strftime("%Y-%m-%d")}
+        lines = [json.dumps(row | when) for row in train(chosen, folder)]
         shutil.rmtree(folder)
         with args.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
+            file.writelines(f"{line}\n" for line in lines)
+        print(*lines, sep="\n", flush=True)
     print(report(read(args.out)))
 
 

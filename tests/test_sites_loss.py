@@ -4,6 +4,7 @@ import pytest
 import sites_loss
 from sites_loss import FEW, RUNS, TABLES, Run, Table
 
+ALL = next(table for table in TABLES if table.names == tuple(RUNS))
 # Losses of the outer steps that are tried; the fourth is the best.
 TRIED = [0.90, 0.89, 0.88, 0.86, 0.87, 0.91]
 
@@ -19,12 +20,12 @@ def rows() -> list[dict]:
 
 
 def test_the_outer_step_is_chosen_before_any_other_run(rows):
-    assert sites_loss.next_run(rows[:-1]) == sites_loss.tuning_runs()[-1]
-    assert sites_loss.next_run(rows).name == "one"
+    assert sites_loss.next_runs(rows[:-1], 2) == sites_loss.tuning_runs()[-1:]
+    assert [run.name for run in sites_loss.next_runs(rows, 2)] == ["one", "one"]
 
 
 def test_two_sites_get_the_best_outer_step_and_half_of_the_batch(rows):
-    runs = {run.name: run for run in sites_loss.runs_of(TABLES[0], rows)}
+    runs = {run.name: run for run in sites_loss.runs_of(ALL, rows)}
     best = {"sites.rate": 1.0, "sites.momentum": 0.3}
     assert list(runs) == list(RUNS)
     for name, run in runs.items():
@@ -37,16 +38,19 @@ def test_two_sites_get_the_best_outer_step_and_half_of_the_batch(rows):
 
 def test_no_run_is_made_twice_for_two_tables(rows):
     made = []
-    while run := sites_loss.next_run(rows):
-        made.append(run)
-        rows.append(row(run, 1.0))
+    while runs := sites_loss.next_runs(rows, 2):
+        assert len(runs) == 1 or not any(run.two_sites for run in runs)
+        work = {(run.flags["steps"], run.flags["data.batch"]) for run in runs}
+        assert len(work) == 1  # otherwise a core would wait for the other
+        made += runs
+        rows += [row(run, 1.0) for run in runs]
     assert len({str(sorted(run.flags.items())) for run in made}) == len(made)
     assert len(made) == 3 * len(RUNS) + 2 * 4 + 6 + 2 + 6 + 2  # a line of TABLES each
 
 
 def test_a_row_with_other_flags_does_not_count(rows):
     rows[2]["flags"] = rows[2]["flags"] | {"steps": 10}
-    assert sites_loss.next_run(rows) == sites_loss.tuning_runs()[2]
+    assert sites_loss.next_runs(rows, 2) == [sites_loss.tuning_runs()[2]]
 
 
 def test_a_table_takes_the_seeds_whose_runs_are_all_there(rows):
@@ -70,5 +74,5 @@ def test_one_seed_shows_a_difference_without_an_error(rows):
 
 
 def test_a_table_without_a_complete_seed_is_left_out(rows):
-    assert sites_loss.format_table(TABLES[0], rows) == []
+    assert sites_loss.format_table(ALL, rows) == []
     assert "| outer rate 1.0, momentum 0.3 | 0.8600 |" in sites_loss.report(rows)
