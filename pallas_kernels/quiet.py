@@ -19,11 +19,17 @@ from typing import Any
 NOISE = (b"Could not find cuda drivers", b"before absl::InitializeLog()")
 
 
-def cuda_plugins() -> list[str]:
-    """Returns the paths of the installed libraries of JAX's CUDA plugins."""
+def plugin_folders() -> list[str]:
+    """Returns the folders of JAX's installed plugins."""
     plugins = importlib.util.find_spec("jax_plugins")
     folders = (plugins.submodule_search_locations if plugins else None) or ()
-    return [path for folder in folders for path in glob.glob(f"{folder}/*/xla_cuda_plugin.so")]
+    return [path for folder in folders for path in glob.glob(f"{folder}/[!_]*/")]
+
+
+def cuda_plugins() -> list[str]:
+    """Returns the paths of the installed libraries of JAX's CUDA plugins."""
+    library = "xla_cuda_plugin.so"
+    return [path for folder in plugin_folders() for path in glob.glob(f"{folder}{library}")]
 
 
 def has_gpu() -> bool:
@@ -101,9 +107,19 @@ class _QuietJax(Loader):
             sys.meta_path.remove(self)
 
 
+def has_other_backends() -> bool:
+    """Returns whether JAX has a backend besides CUDA's and the CPU's, such as a TPU's."""
+    names = [os.path.basename(os.path.dirname(folder)) for folder in plugin_folders()]
+    others = [name for name in names if not name.startswith("xla_cuda")]
+    return bool(others or importlib.util.find_spec("libtpu"))
+
+
 def start_quietly() -> None:
-    """Sets JAX's platform to cpu and silences the import of jax, if there is no GPU."""
-    if has_gpu():
+    """Sets JAX's platform to cpu and silences the import of jax, if JAX can only use the CPU.
+
+    Where JAX may use another device, such as a TPU, JAX chooses, as without this package.
+    """
+    if has_gpu() or has_other_backends():
         return
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     jax = sys.modules.get("jax")

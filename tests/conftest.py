@@ -6,6 +6,10 @@ import tempfile
 
 import xla_flags
 
+from jaxtrain import keep_freed_memory
+
+keep_freed_memory()  # as in the commands, which most tests run within this process
+
 # Some machines set this. Each of the tests' many processes would compile our sources again: 0.4 s.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False

@@ -15,9 +15,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run_python(*argv):
+def run_python(*argv, **variables):
     """Runs Python as a user does, without JAX_PLATFORMS."""
     env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    env |= variables
     argv = [sys.executable, *argv]
     done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -46,3 +47,13 @@ def test_jax_imported_before_our_packages_finds_its_devices_quietly():
     )
     done = run_python("-c", program)
     assert done.stderr.endswith("imported\n") and done.stdout == "cpu\n"
+
+
+@pytest.mark.parametrize("backend", ["jax_plugins/xla_rocm60", "libtpu"])
+def test_jax_chooses_where_it_may_have_another_device(backend, tmp_path):
+    """To import an optimizer must not move a program from its TPU to the CPU."""
+    (tmp_path / backend).mkdir(parents=True)
+    (tmp_path / backend / "__init__.py").touch()
+    program = "import os, pallas_kernels; print(os.environ.get('JAX_PLATFORMS'))"
+    assert run_python("-c", program).stdout == "cpu\n"
+    assert run_python("-c", program, PYTHONPATH=str(tmp_path)).stdout == "None\n"
