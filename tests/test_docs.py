@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import xla_flags
 
@@ -63,6 +64,23 @@ def test_flags_that_a_page_shows_exist(page):
     sections = "|".join(sorted({name.partition(".")[0] for name in known if "." in name}))
     shown = set(re.findall(rf"--((?:{sections})\.\w+)", page.read_text()))
     assert shown <= known
+
+
+def test_the_programs_of_the_library_page_run_and_continue(tmp_path, monkeypatch, capsys):
+    """Runs the page's blocks twice in one folder: the second time there is nothing left to do."""
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "library.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus.txt").write_text((ROOT / "README.md").read_text())
+    printed = []
+    for _ in range(2):
+        scope = {}
+        exec("\n".join(blocks), scope)
+        printed.append(capsys.readouterr().out.splitlines())
+    assert [line.split()[0] for line in printed[0][1:3]] == ["10", "20"]
+    assert float(printed[0][2].split()[1]) < float(printed[0][1].split()[1]) < np.log(256)
+    assert printed[1] == [printed[0][0], printed[0][3]]  # data and MFU
+    assert float(printed[0][3]) == pytest.approx(0.363, abs=0.001)
+    np.testing.assert_allclose(scope["reference"], -(0.6 * 0.7 + 0.7) * 2, rtol=0.02)
 
 
 @pytest.mark.long

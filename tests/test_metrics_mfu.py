@@ -1,11 +1,12 @@
 import jax
+import jax.numpy as jnp
 import pytest
 
 from configs import debug
 from jaxtrain.config.train_config import freeze
 from jaxtrain.metrics.flops import matrix_weights
 from jaxtrain.metrics.hlo_collectives import Collective
-from jaxtrain.metrics.mfu import StepWork, build_work, chip_dict, describe_utilisation
+from jaxtrain.metrics.mfu import StepWork, build_work, chip_dict, describe_utilisation, mfu
 from jaxtrain.training.run import build_run, compile_step
 from pallas_kernels.chip import find_chip
 
@@ -46,6 +47,30 @@ def test_mfu_divides_by_the_peak_of_all_devices_and_mbu_by_that_of_one():
     assert used["perf/mbu"] == pytest.approx(1.0)
     float32 = work_of(dtype="float32").utilisation(A40, 0.5)
     assert float32["perf/mfu"] == pytest.approx(5e12 / 0.5 / (2 * 74.8e12))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "peak"),
+    [("bfloat16", 149.7e12), (jnp.bfloat16, 149.7e12), ("float16", 149.7e12), ("float32", 74.8e12)],
+)
+def test_mfu_of_an_own_loop_needs_no_config(dtype, peak):
+    assert mfu(5e12, 0.5, "a40", dtype, devices=2) == pytest.approx(5e12 / 0.5 / (2 * peak))
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ({"chip": "a4"}, "Did you mean a40"),
+        ({"dtype": "float64"}, "dtype must be one of bfloat16, float16, float32; got float64"),
+        ({"step_time_s": 0.0}, "step_time_s must be positive; got 0.0"),
+        ({"flops": float("nan")}, "flops must be positive; got nan"),
+        ({"devices": 0}, "devices must be positive; got 0"),
+    ],
+)
+def test_mfu_is_refused_where_it_would_be_wrong(values, error):
+    right = {"flops": 5e12, "step_time_s": 0.5, "chip": "a40", "dtype": "bfloat16"}
+    with pytest.raises(ValueError, match=error):
+        mfu(**right | values)
 
 
 def test_without_a_known_peak_there_is_no_utilisation():

@@ -67,3 +67,20 @@ def test_the_checksum_of_parts_is_that_of_the_whole():
         parts = [data[a:b] for a, b in itertools.pairwise(cuts)]
         assert combine_crc32((zlib.crc32(p), len(p)) for p in parts) == zlib.crc32(data)
     assert combine_crc32([]) == zlib.crc32(b"") == 0
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    codec, x = CODECS["int4"], vector(2)
+    code = codec.encode(x)
+    with pytest.raises(ValueError, match="momentum must have 2048 elements; got 0"):
+        outer_step(codec, [code], [1], x, NONE, 0.7, 0.6)
+    with pytest.raises(ValueError, match=r"codes\[1\] must have .* elements; got"):
+        outer_step(codec, [code, codec.encode(vector(3))], [1, 1], x, NONE, 0.7, 0.0)
+    with pytest.raises(ValueError, match="blocks of 1024; got 5 elements"):
+        outer_step(codec, [code], [1], x[:5], NONE, 0.7, 0.0)
+
+
+@pytest.mark.parametrize("tokens", [[], [3], [3, 0], [3, -1]])
+def test_a_mean_needs_tokens_of_each_site(tokens):
+    with pytest.raises(ValueError, match=r"got 2 vectors and tokens \["):
+        weighted_mean([vector(), vector()], tokens)

@@ -10,12 +10,15 @@ Conventions, which the start of a run prints:
 - `perf/mbu` counts the bytes that the compiled step's instructions read from and write to HBM.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.stages import Compiled
+from jax.typing import DTypeLike
 
 from jaxtrain.config.data_section import DataConfig
 from jaxtrain.config.train_config import TrainConfig
@@ -23,11 +26,38 @@ from jaxtrain.metrics.flops import training_flops
 from jaxtrain.metrics.hlo_collectives import Collective, find_collectives
 from jaxtrain.metrics.work_kinds import ATTENTION, CLASSES, MEMORY, PRODUCTS, kind_of
 from jaxtrain.ops.devices import Device, chip_name
-from pallas_kernels.chip import CHIPS, Chip, explain_unknown
+from pallas_kernels.chip import CHIPS, Chip, explain_unknown, find_chip
 from pallas_kernels.hlo import Program
 
 # Model dtype -> type of the products on tensor cores. By default XLA computes float32 in TF32.
-PEAK_OF = {"bfloat16": "bfloat16", "float32": "tf32"}
+PEAK_OF = {"bfloat16": "bfloat16", "float16": "float16", "float32": "tf32"}
+
+
+def mfu(
+    flops: float, step_time_s: float, chip: Chip | str, dtype: DTypeLike, devices: int = 1
+) -> float:
+    """Returns the share of the peak FLOP/s of all devices that a step reached.
+
+    Args:
+        flops: of one step on all devices; for a transformer without recomputation 6 x parameters x
+            tokens, plus attention (`jaxtrain.metrics.flops`).
+        step_time_s: seconds of the step, forward, backward and optimizer.
+        chip: an entry of pallas_kernels.chip.CHIPS, or its name, such as "a40" or "h100".
+        dtype: of the products' operands: bfloat16, float16 or float32.
+
+    Raises:
+        ValueError: the chip or its peak for this type is unknown, or a number is not positive.
+    """
+    if isinstance(chip, str):
+        chip = find_chip(chip)
+    name = jnp.dtype(dtype).name
+    if name not in PEAK_OF:
+        raise ValueError(f"dtype must be one of {', '.join(PEAK_OF)}; got {name}.")
+    given = {"flops": flops, "step_time_s": step_time_s, "devices": devices}
+    for argument, value in given.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{argument} must be positive; got {value}.")
+    return flops / step_time_s / (chip.peak_flops[PEAK_OF[name]] * devices)
 
 
 class Roofline(NamedTuple):
@@ -117,10 +147,10 @@ class StepWork(NamedTuple):
         """Returns MFU in both conventions and MBU at a step time; {} if the peak is unknown."""
         if chip is None or self.dtype not in PEAK_OF:
             return {}
-        peak = chip.peak_flops[PEAK_OF[self.dtype]] * self.devices
+        measured = step_time_s, chip, self.dtype, self.devices
         metrics = {
-            "perf/mfu": self.flops_causal / step_time_s / peak,
-            "perf/mfu_6n": self.flops_6n / step_time_s / peak,
+            "perf/mfu": mfu(self.flops_causal, *measured),
+            "perf/mfu_6n": mfu(self.flops_6n, *measured),
         }
         if self.hbm_bytes is not None:
             metrics["perf/mbu"] = self.hbm_bytes / step_time_s / chip.hbm_bytes_per_s

@@ -30,7 +30,16 @@ CHUNK = 128  # blocks computed at a time, so that float64 temporaries stay small
 
 
 def weighted_mean(vectors: Sequence[np.ndarray], tokens: Sequence[int]) -> np.ndarray:
-    """Returns sum_k tokens_k / sum(tokens) * vectors_k, in order: float32 [n] -> float64 [n]."""
+    """Returns sum_k tokens_k / sum(tokens) * vectors_k, in order: float32 [n] -> float64 [n].
+
+    Raises:
+        ValueError: there is no site, a site has no tokens, or numbers of vectors and tokens differ.
+    """
+    if len(vectors) != len(tokens) or not tokens or min(tokens) <= 0:
+        raise ValueError(
+            "a mean needs a positive number of tokens for each vector, and one vector or more; "
+            f"got {len(vectors)} vectors and tokens {list(tokens)}."
+        )
     total = sum(tokens)
     mean = vectors[0] * np.float64(tokens[0] / total)
     for vector, count in zip(vectors[1:], tokens[1:], strict=True):
@@ -44,7 +53,7 @@ def nesterov(
     """Returns the new (reference, momentum), float32 [n].
 
     Args:
-        reference, momentum: float32 [n].
+        reference, momentum: NumPy arrays, float32 [n]; momentum is empty if mu is 0.
         average: float64 [n], the weighted mean of the sites' weights.
         rate, mu: the outer rate and momentum.
     """
@@ -69,9 +78,22 @@ def outer_step(
     """Decodes a round's codes and returns the new (reference, momentum), float32 [n].
 
     Args:
-        codes, tokens: of each participating site, in the order of the sites.
-        reference, momentum: float32 [n]; momentum is empty if mu is 0.
+        codes: of each participating site, in the order of the sites: codec.encode(theta) if
+            codec.lossless, otherwise codec.encode(reference - theta), where theta is what the
+            site's weights have become, float32 [n].
+        tokens: that each of these sites has trained on.
+        reference, momentum: NumPy arrays, float32 [n], n a multiple of BLOCK (1,024); a model's
+            parameters side by side, padded with zeros. momentum is empty if mu is 0.
+
+    Raises:
+        ValueError: n is not a multiple of BLOCK, or momentum, codes or tokens do not fit it.
     """
+    n = reference.size
+    sizes = [("momentum", momentum.size, n if mu else 0)]
+    sizes += [(f"codes[{i}]", code.size, codec.code_bytes(n)) for i, code in enumerate(codes)]
+    for name, size, expected in sizes:
+        if size != expected:
+            raise ValueError(f"{name} must have {expected} elements; got {size}.")
     new_reference, new_momentum = np.empty_like(reference), np.empty_like(momentum)
     for start in range(0, reference.size, CHUNK * BLOCK):
         n = min(CHUNK * BLOCK, reference.size - start)
