@@ -139,13 +139,12 @@ def tune(run: ContestRun, arch: str, best: dict[str, Any], until: float) -> OpTi
         best: the result of the fastest body at its default tiles.
         until: the value of time.monotonic() after which no candidate is measured.
     """
-    candidates = {}
-    for kernel, tiles in shortlist(run.contest.op, arch):
+    contest, candidates = run.contest, {}
+    masked_K = contest.shape[-1] if contest.documents or contest.window else 0
+    for kernel, tiles in shortlist(contest.op, arch, masked_K):
         name = f"{kernel} {body_of(tiles)} {describe_tiles(tiles)}"
         candidates[name] = kernel, tiles, replace_tiles(best["tiles"], kernel, tiles)
-    functions = {
-        name: run.contest.kernel(all_tiles) for name, (*_, all_tiles) in candidates.items()
-    }
+    functions = {name: contest.kernel(all_tiles) for name, (*_, all_tiles) in candidates.items()}
     tried = run.results["tried"]
     chosen = {}  # kernel -> (seconds, tiles)
     compiled = run.compile_all(functions) if functions else {}

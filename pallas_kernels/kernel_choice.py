@@ -27,8 +27,12 @@ from pallas_kernels.tiles import (
     OpTiles,
     body_of,
     default_tiles,
+    describe_tiles,
+    has_mask_registers,
     is_triton,
+    kernel_tiles,
     mosaic_tiles,
+    replace_tiles,
 )
 
 # op -> the letters of the sizes in a BenchRow's shape
@@ -234,6 +238,18 @@ def _nearest_row(rows, documents, *where) -> BenchRow | None:
     return row
 
 
+def _replace_spilling(op, arch, tiles, K) -> tuple[OpTiles | None, str]:
+    """Returns tiles whose kernels have registers for a mask, and which of them were replaced."""
+    why = ""
+    for kernel, measured in _kernels(op, tiles).items():
+        if not has_mask_registers(kernel, measured, K):
+            usual = kernel_tiles(mosaic_tiles(op, arch), kernel)
+            tiles = replace_tiles(tiles, kernel, usual)
+            why += f"; its {kernel} has tiles of {describe_tiles(usual)}, because the measured "
+            why += f"{describe_tiles(measured)} spill registers with documents or a window"
+    return tiles, why
+
+
 def choose_body(
     op: str,
     arch: str,
@@ -244,6 +260,7 @@ def choose_body(
     *,
     documents: bool = False,
     window: int = 0,
+    other_window: bool = False,
 ) -> BodyChoice:
     """Returns the tiles of an op's kernels, and whether they were measured to be faster.
 
@@ -255,6 +272,7 @@ def choose_body(
         shape: as in BenchRow, on one device.
         documents: whether attention is masked between documents.
         window: how many keys a query of attention sees; 0: all.
+        other_window: other layers, which use the same tiles, have a window.
     """
     rows, where = read_rows(folder), (op, chip, dtype, shape, window)
     same_jax = [row for row in rows if minor_series(row.jax) == minor_series(jax.__version__)]
@@ -276,4 +294,7 @@ def choose_body(
     reason = f"{ratio:.2f} times the time of {row.other} on {row.chip}, {row.date}"
     if documents and not row.documents:
         reason += ", measured without documents"
-    return BodyChoice(row.tiles, ratio < 1, reason)
+    tiles, why = row.tiles, ""
+    if documents or window or other_window:
+        tiles, why = _replace_spilling(op, arch, tiles, shape[-1])
+    return BodyChoice(tiles, ratio < 1, reason + why)

@@ -25,6 +25,7 @@ from pallas_kernels.tiles import (
     ProductTiles,
     body_of,
     default_tiles,
+    has_mask_registers,
     kernel_tiles,
     mosaic_tiles,
     replace_tiles,
@@ -200,10 +201,17 @@ SHORTLIST: dict[str, dict[str, dict[str, tuple[KernelTiles, ...]]]] = {
 }
 
 
-def shortlist(op: str, arch: str) -> Iterator[tuple[str, KernelTiles]]:
-    """Yields (kernel, tiles) that bench --tune tries: first each kernel's most promising tiles."""
+def shortlist(op: str, arch: str, masked_K: int = 0) -> Iterator[tuple[str, KernelTiles]]:
+    """Yields (kernel, tiles) that bench --tune tries: first each kernel's most promising tiles.
+
+    Args:
+        masked_K: the width of heads where documents or a window are masked, to leave out tiles
+            that spill registers there; 0: nothing is.
+    """
     kernels = SHORTLIST[arch].get(op, {})
     for turn in itertools.zip_longest(*kernels.values()):
         for kernel, tiles in zip(kernels, turn, strict=True):
-            if tiles is not None and (mosaic.USABLE or body_of(tiles) != "mosaic"):
+            if tiles is None or (masked_K and not has_mask_registers(kernel, tiles, masked_K)):
+                continue
+            if mosaic.USABLE or body_of(tiles) != "mosaic":
                 yield kernel, tiles

@@ -214,6 +214,24 @@ def replace_tiles(tiles: OpTiles, kernel: str, value: KernelTiles) -> OpTiles:
     return tiles._replace(**{kernel: value})
 
 
+def has_mask_registers(kernel: str, tiles: KernelTiles, K: int) -> bool:
+    """Returns whether a kernel of attention masks documents and windows without spilling registers.
+
+    With K=64 the forward with four groups, whose threads have 112 registers, spills 104 bytes with
+    documents, 32 with a window and 136 with both. With K=128 and documents, the forward's "folded"
+    spills 8 bytes and dkv's "turns" 72 (compiled by jax 0.11.2, 2026-11-27).
+
+    Args:
+        K: the width of attention's heads.
+    """
+    if K > 64:
+        return (kernel, getattr(tiles, "variant", "")) not in (
+            ("forward", "folded"),
+            ("dkv", "turns"),
+        )
+    return getattr(tiles, "groups", 2) <= 3
+
+
 def default_tiles(op: str, arch: str, shape: tuple[float, ...] = ()) -> Any:
     """Returns the default tiles of an op's Triton kernels; None for an op without tiles.
 

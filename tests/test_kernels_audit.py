@@ -137,6 +137,28 @@ def test_the_first_tiles_that_the_bench_tries_for_attention_on_an_a40_compile_wi
     assert {*names} <= {*done.stdout.split()}
 
 
+CHOSEN = """
+from pallas_kernels.audit import compile_kernels, find_faults
+from pallas_kernels.audit_cases import contest_cases
+from pallas_kernels.chip import find_chip
+from pallas_kernels.kernel_choice import choose_body
+chip = find_chip("h200")
+for mask in ("", ", documents"):
+    where = "attention", chip.arch, chip.name, "bfloat16", (8, 1_024, 12, 12, 64)
+    tiles = choose_body(*where, documents=bool(mask)).tiles
+    (case,) = contest_cases(f"attention{mask} forward 8x1024x12:12x64")
+    report = compile_kernels(case.build, chip, tiles)[case.name]
+    print(find_faults(case, report, chip, "mosaic"))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not mosaic.USABLE, reason=mosaic.REASON)
+def test_the_forward_that_an_h200_runs_does_not_spill_with_and_without_documents(run_python):
+    done = run_python(CHOSEN)
+    assert done.stdout.split() == ["[]", "[]"], done.stdout + done.stderr
+
+
 RAGGED = """
 import jax, jax.numpy as jnp
 from pallas_kernels.chip import find_chip

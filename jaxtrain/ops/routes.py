@@ -144,8 +144,10 @@ class _KernelRoutes:
         where = self.arch, self.chip, self.model.dtype, self.shape(op)
         if op != "attention":
             return choose_body(op, *where)
-        choose = lambda window: choose_body(op, *where, documents=self.documents, window=window)
-        return min(map(choose, self.windows()), key=lambda choice: choice.faster)
+        windows = self.windows()
+        masks: Any = {"documents": self.documents, "other_window": any(windows)}
+        choices = [choose_body(op, *where, window=window, **masks) for window in windows]
+        return min(choices, key=lambda choice: choice.faster)
 
     def fused(self, op: str) -> Route | None:
         """Returns the route to op's kernel; None if XLA's implementation should run."""
@@ -163,16 +165,14 @@ class _KernelRoutes:
         other_attention = op == "attention" and self.model.attention not in ("auto", "flash")
         if obstacle or (other_attention and not flag):
             return None
-        choice = self.measured(op)
-        if not (flag or choice.faster):
+        if not ((choice := self.measured(op)).faster or flag):
             return None
         reason = f"{REQUESTED} {flag}; {choice.reason}" if flag else choice.reason
         return Route(op, f"{name}:{self.arch}", reason, tiles=choice.tiles)
 
     def fused_or_plain(self, op: str, plain: str = "plain") -> Route:
         """Returns the route to op's kernel, or to `plain` with the reason against the kernel."""
-        route = self.fused(op)
-        if route is None:
+        if (route := self.fused(op)) is None:
             reason = self.obstacle(op) or self.measured(op).reason
             return Route(op, plain, f"XLA; no kernel: {reason}")
         if op == "qk_rope" and self.model.nope_every:
