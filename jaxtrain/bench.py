@@ -22,17 +22,17 @@ Suites for the processor, which run by default:
 
 Suites for GPUs, which run only if named:
     gpu       our step at 124M to 1.4B against compiled PyTorch (extra `crosscheck`). Each runs in
-              its own process, with the same tokens per step, in its fastest micro-batch size.
-              Measures step time (p50, p95), tokens/s, MFU by two conventions, the shares of
-              optimizer and host, compilation time, time to first step, memory used and predicted.
-              Then tries the XLA options that jaxtrain/ops/tuning.py lists as assumed, one at a
-              time. It stays within --minutes and lists the rows that it did not reach. Each row
-              is stored as soon as it is measured. --trace=DIR stores profiles of our steps.
-              Steps are shortened to 1.5 s, which makes the optimizer's share larger than in
-              training. Figures `at 524288` are computed for a step of that many tokens. PyTorch's
-              optimizer is timed inside its steps, ours as a separate program; its range is the
-              10th to 90th percentile. The host's share is the CPU time of the launching thread, an
-              upper bound of its work
+              its own process, with the same tokens per step, in its fastest micro-batch size: after
+              every size has one row, half of it is tried. Measures step time (p50, p95), tokens/s,
+              MFU by two conventions, the shares of optimizer and host, compilation time, time to
+              first step, memory used and predicted. Then tries the XLA options that
+              jaxtrain/ops/tuning.py lists as assumed, one at a time. It stays within --minutes and
+              lists the rows that it did not reach. Each row is stored as soon as it is measured.
+              --trace=DIR stores profiles of our steps. Steps are shortened to 1.5 s, which makes
+              the optimizer's share larger than in training. Figures `at 524288` are computed for a
+              step of that many tokens. PyTorch's optimizer is timed inside its steps, ours as a
+              separate program; its range is the 10th to 90th percentile. The host's share is the
+              CPU time of the launching thread, an upper bound of its work
     judge     300 steps of gpt_124m on real text (--text, --shards) beside PyTorch, from the same
               weights on the same batches, with three seeds: the difference between the losses must
               be within the spread over seeds
@@ -85,6 +85,7 @@ from jaxtrain.benchmarks import (
     processor,
 )
 from jaxtrain.benchmarks.first_day_stages import STAGES
+from jaxtrain.benchmarks.gpu_results import newest_ratios
 from jaxtrain.benchmarks.suites import CHOICES, CPU_SUITES, NAMED_SUITES, ROUNDS, SUITES
 from jaxtrain.config.commands import rewrite_commands
 from jaxtrain.file_errors import exit_on_file_error
@@ -145,7 +146,7 @@ def parse(
     add("--rows", type=positive(int), default=0, help=text)
     text = "gpu: time for the counted steps of a row; default: 15"
     add("--seconds", type=positive(float), default=15.0, metavar="S", help=text)
-    text = "gpu: store profiles of two of our steps per size"
+    text = "gpu: store profiles of two of our steps per size and micro-batch size"
     add("--trace", metavar="DIR", default="", help=text)
     add("--text", metavar="PATH", help="judge: text to train on; default: Python's own library")
     add("--shards", metavar="PATH", help="judge: token shards to train on")
@@ -212,7 +213,7 @@ def _run(args: argparse.Namespace) -> None:
         for new_rows, text in SUITES[name](args, args.rounds or ROUNDS.get(name)):
             # A later call may continue these rows at another commit.
             measured = processor.date_and_commit()
-            rows += [measured | row | trial for row in new_rows]
+            rows = newest_ratios([*rows, *(measured | row | trial for row in new_rows)])
             if args.json:  # after each result, so that an interrupted run loses none
                 write_atomic(args.json, "".join(strict_json(row) + "\n" for row in rows))
             show(text if name in NAMED_SUITES else f"\n== {name}\n{text}")

@@ -298,13 +298,13 @@ def test_the_gpu_suite_continues_with_the_rows_that_were_not_finished(tmp_path, 
     monkeypatch.setattr(suites, "_require_torch", lambda variants_without: None)
     argv = "--suite=gpu --tiny --resume --minutes=2 --sizes=gpt_124m --optimizers=adamw".split()
     bench.main([*argv, f"--json={path}"])
-    modules = ["jax_child", "jax_child", "torch_child", "jax_child"]  # the last is the warm start
-    assert [module for module, _ in started] == modules
+    # No warm start: our step has failed, so that nothing is in the compile cache.
+    assert [module for module, _ in started] == ["jax_child", "jax_child", "torch_child"]
     rows = first_day_results.read_rows(path)
     assert first_day_results.find_left(rows) == ["gpt_124m adamw pytorch step"]
     assert not any(row.get("timed_out") for row in rows)
     bench.main([*argv, f"--json={path}"])
-    assert started[4:] == [("torch_child", "train")]
+    assert started[3:] == [("torch_child", "train")]
     names = [first_day_results.row_name(row) for row in first_day_results.read_rows(path)]
     cases = [f"gpt_124m adamw {ending}" for ending in ("jaxtrain step", "jaxtrain warm start")]
     assert [name for name in names if name] == ["ceilings", *cases, "gpt_124m adamw pytorch step"]

@@ -62,8 +62,8 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def row_name(row: Row) -> str:
     """Returns the name of a row of suite gpu or of the tests; "" for other rows."""
-    parts = (str(row[key]) for key in ("test", "case", "variant", "what") if row.get(key))
-    return " ".join(parts)
+    parts = [str(row[key]) for key in ("test", "case", "variant", "what") if row.get(key)]
+    return " ".join([*parts, "half"] if row.get("half") else parts)
 
 
 def contests(rows: Sequence[Row]) -> dict[str, Row]:

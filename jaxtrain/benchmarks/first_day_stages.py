@@ -50,7 +50,7 @@ STAGES = (
         "training",
         30,
         "{python} -m jaxtrain.bench --suite=gpu --optimizers=muon --minutes={minutes} --resume "
-        "--json={dir}/training.jsonl --trace={dir}/traces",
+        "--seconds=8 --json={dir}/training.jsonl --trace={dir}/traces",
         "--tiny --sizes=gpt_124m --variants=jaxtrain --optimizers=adamw",
         "training.jsonl",
     ),

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any
 
+from jaxtrain.benchmarks.gpu_items import TORCH_OPTIMIZERS, Item
 from jaxtrain.benchmarks.timing import target_verdict
 
-TORCH_OPTIMIZERS = ("muon", "adamw")  # torch has no accelerated_lmo, so that is compared with Muon
 # Targets on an H100 or H200: jaxtrain's MFU with Muon (counting causal attention), its tokens/s
 # over those of compiled PyTorch, shares of the optimizer and of an idle device, time to first step.
 MFU = {"gpt_124m": 0.50, "gpt_350m": 0.52, "gpt_774m": 0.55, "llama_1400m": 0.55}
@@ -20,18 +20,6 @@ OPTIMIZER_FIGURES = (
     "tokens_per_s_at_524288",
 )
 HOST_BOUND = 0.8  # if launching takes a larger share of the optimizer's time, the device may wait
-
-
-class Item(NamedTuple):
-    """One row to measure."""
-
-    size: str
-    variant: str
-    optimizer: str
-    what: str = "step"  # or "warm start", or the name of the XLA option that is tried
-
-    def __str__(self) -> str:
-        return f"{self.size} {self.optimizer} {self.variant} {self.what}"
 
 
 def step_shares(result: dict[str, Any]) -> dict[str, Any]:
@@ -119,6 +107,12 @@ def ratio_row(rows: Sequence[dict[str, Any]], size: str, optimizer: str) -> dict
     }
 
 
+def newest_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns rows without the ratios that a later row of the same case replaces."""
+    last = {row["case"]: row for row in rows if row.get("what") == "ratio"}
+    return [row for row in rows if row.get("what") != "ratio" or row is last[row["case"]]]
+
+
 def stamp(row: dict[str, Any], tiny: bool) -> dict[str, Any]:
     """Returns a row with its date. Tiny rows have no targets and no ratio: they measure nothing."""
     row = row | {"date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
@@ -135,7 +129,8 @@ def describe(row: dict[str, Any]) -> str:
             f"{row['device']}: matrix product {row['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s, "
             f"copy {row['copy_bytes_per_s'] / 1e9:.1f} GB/s"
         )
-    name = f"{row['case']:28} {row.get('variant', ''):9} {row.get('what', ''):12}"
+    what = f"{row.get('what', '')}{' half' * bool(row.get('half'))}"
+    name = f"{row['case']:28} {row.get('variant', ''):9} {what:12}"
     if "error" in row:
         return f"{name} {row['error']}"
     ending = "".join(f"; {figure} {verdict}" for figure, verdict in row["targets"].items())
