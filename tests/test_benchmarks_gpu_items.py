@@ -9,8 +9,9 @@ import pytest
 from jaxtrain import bench
 from jaxtrain.benchmarks import gpu_training, suites
 from jaxtrain.benchmarks.child import BenchJob, job_config
+from jaxtrain.benchmarks.first_day_results import find_left, find_problems
 from jaxtrain.benchmarks.gpu_items import OPTIMIZERS, SIZES, VARIANTS, build_items, guess_seconds
-from jaxtrain.benchmarks.gpu_results import newest_ratios
+from jaxtrain.benchmarks.gpu_results import describe, newest_ratios
 
 DEVICE = {"device": "NVIDIA H100 80GB HBM3", "bytes_limit": 70 * 2**30}
 STEP = {"step_s": 0.5, "optimizer_s": 0.05, "optimizer_range_s": [0.04, 0.06], "host_s": 0.01}
@@ -91,6 +92,17 @@ def test_rows_for_which_no_time_is_left_are_named_and_measured_by_the_next_call(
     assert not jobs and all(row["unfinished"] for row in rows[1:])
     finished = [row for row in rows if not row.get("unfinished")]
     assert len(measure(faster_halves, finished)[1]) == 9
+
+
+def test_a_row_that_its_child_could_not_complete_is_a_figure_and_a_problem(measure):
+    killed = {"tokens_per_s": 9.0, "incomplete": "killed: it took more than the 60 s"}
+    step = {key: value for key, value in STEP.items() if not key.startswith("optimizer")}
+    only = dict(sizes=["gpt_124m"], variants=["jaxtrain"])
+    rows, _ = measure(lambda variant, job: step | killed, **only)
+    assert "9 tokens/s" in describe(rows[1] | {"step_p95_s": 0.5, "peak_bytes": None})
+    problem = f"gpt_124m muon jaxtrain step: {killed['incomplete']}"
+    assert find_problems(rows)[0] == problem and not find_left(rows)
+    assert measure(lambda variant, job: step, rows, **only)[1] == []  # it is not repeated
 
 
 def ratios(rows):

@@ -63,7 +63,7 @@ def test_a_step_that_never_fits_is_an_error_row():
 
 def test_a_step_that_the_compiler_says_is_too_large_is_not_run():
     job = BenchJob("train", "gpt_124m", "adamw", 2, 2, tiny=True, usable_bytes=1_000)
-    assert "bytes of 1000" in jax_child.train(job)["oom"]
+    assert "bytes of 1000" in next(jax_child.train(job))["oom"]
 
 
 def test_the_first_micro_batch_fits_by_the_formula():
@@ -93,6 +93,13 @@ def test_the_optimizers_share_falls_with_the_tokens_of_a_step():
     assert shares["optimizer_share_at_524288"] == pytest.approx(0.05 / (0.45 * 8 + 0.05))
     assert shares["tokens_per_s_at_524288"] == pytest.approx(524_288 / (0.45 * 8 + 0.05))
     assert shares["host_share"] == pytest.approx(0.02)
+
+
+def test_a_step_whose_child_ended_before_the_optimizer_was_timed_has_its_other_figures():
+    step = {key: RESULT[key] for key in ("step_s", "host_s", "tokens_per_step")}
+    shares = gpu_results.step_shares(step | {"incomplete": "killed: it took too long"})
+    assert shares["optimizer_share"] is None and shares["host_share"] == pytest.approx(0.02)
+    assert shares["no_optimizer_share"] == "killed: it took too long"
 
 
 @pytest.mark.parametrize("values", [{"optimizer_s": 0.6}, {"optimizer_host_s": 0.045}])

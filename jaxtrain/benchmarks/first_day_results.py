@@ -14,6 +14,7 @@ from pallas_kernels.targets import Target
 Row = dict[str, Any]
 RECORD = "first_day.json"  # what each stage has done
 TOP_CAUSES = 6  # of a profile, to print
+INCOMPLETE = ("incomplete", "no_trace")  # reasons why a measured row has not all its figures
 
 
 def read_rows(path: Path, lines: bool | None = None) -> list[Row]:
@@ -83,14 +84,15 @@ def _errors(value: Any, name: str) -> Iterator[str]:
 def find_problems(rows: Sequence[Row]) -> list[str]:
     """Returns the errors in a result, without those of rows that the next slice measures again.
 
-    A contest is an error if it was not finished or if a body of our kernel is wrong or failed, but
-    not if a rival is missing.
+    A row that is not complete is one. A contest is an error if it was not finished or if a body of
+    our kernel is wrong or failed, but not if a rival is missing.
     """
     found = []
     for row in rows:
         if not row.get("unfinished"):
             own = {key: value for key, value in row.items() if key != "contests"}
             found += _errors(own, row_name(row))
+            found += [f"{row_name(row)}: {row[key]}" for key in INCOMPLETE if row.get(key)]
     for name, result in contests(rows).items():
         found += [f"{name}: {result[key]}" for key in ("error", "tuning_error") if result.get(key)]
         failed = {k: v for k, v in result.get("contestants", {}).items() if isinstance(v, str)}

@@ -30,20 +30,22 @@ def step_shares(result: dict[str, Any]) -> dict[str, Any]:
     (2026-11-26). So only the idle share of a profile says whether the host slows the GPU.
 
     PyTorch's optimizer is timed inside its steps, by events on the GPU. Our step is one program, so
-    our optimizer is timed as another program. If the host could not launch that fast enough, or if
-    it took longer than the whole step, then its time is not the optimizer's time inside the step,
-    and a reason replaces the share. The figures at SHARE_TOKENS are computed: everything but the
-    optimizer grows with the tokens.
+    our optimizer is timed as another program. A reason replaces the share if the child ended before
+    that, if the host could not launch that program fast enough, or if it took longer than the whole
+    step: then its time is not the optimizer's time inside the step. The figures at SHARE_TOKENS are
+    computed: everything but the optimizer grows with the tokens.
     """
-    step_s, update_s = result["step_s"], result["optimizer_s"]
+    step_s, update_s = result["step_s"], result.get("optimizer_s")
     host_share = {"host_share": result["host_s"] / step_s}
     launch_s = result.get("optimizer_host_s", 0.0)
     reason = ""
-    if update_s > step_s:
+    if update_s is None:
+        reason = result.get("incomplete", "it was not timed")
+    elif update_s > step_s:
         reason = f"as its own program it took {update_s:.2g} s, the whole step {step_s:.2g} s"
     elif launch_s > HOST_BOUND * update_s:
         reason = f"the host took {launch_s:.2g} s to launch what took {update_s:.2g} s"
-    if reason:
+    if update_s is None or reason:
         return host_share | dict.fromkeys(OPTIMIZER_FIGURES) | {"no_optimizer_share": reason}
     large_step_s = (step_s - update_s) * SHARE_TOKENS / result["tokens_per_step"] + update_s
     return host_share | {
@@ -150,6 +152,8 @@ def describe(row: dict[str, Any]) -> str:
     launching = f"launching {row['host_share']:.1%}"
     if row.get("idle_share") is not None:
         launching = f"device idle {row['idle_share']:.1%}"
+    elif row.get("no_trace"):
+        launching += f", no trace: {row['no_trace']}"
     return (
         f"{name} micro-batches of {row['rows']} row{'s' * (row['rows'] > 1)}, "
         f"{row['tokens_per_step']} tokens a step, "
