@@ -16,7 +16,6 @@ from jaxtrain.benchmarks import (
     first_day,
     first_day_results,
     first_day_stages,
-    gpu_tests,
     gpu_training,
     suites,
 )
@@ -231,51 +230,6 @@ def test_the_stages_commands_are_those_of_modules_that_exist(tmp_path):
     training = build_argv(STAGES[[s.name for s in STAGES].index("training")], tmp_path, 5.0, False)
     args = bench.parse(training[3:])
     assert args.resume and args.minutes == 5.0 and args.json == f"{tmp_path}/training.jsonl"
-
-
-TESTS = """
-import os
-def test_a(): pass
-def test_ab(): assert 1 == 2
-def test_b(): os._exit(3)
-def test_c(): pass
-"""
-
-
-def test_tests_resume_and_one_that_kills_its_process_runs_last(tmp_path, monkeypatch):
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "conftest.py").write_text("")
-    (tmp_path / "tests" / "test_x.py").write_text(TESTS)
-    monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
-    monkeypatch.setitem(gpu_tests.SELECTED, True, ("tests",))
-    monkeypatch.setenv("PYTHONPATH", str(bench.Path(bench.__file__).parents[1]))
-    monkeypatch.chdir(tmp_path)
-    out = tmp_path / "tests.jsonl"
-    names = [f"tests/test_x.py::{name}" for name in ("test_a", "test_ab", "test_b", "test_c")]
-    with open(tmp_path / "log", "w") as log:
-        monkeypatch.setattr("sys.stdout", log)
-        assert gpu_tests.main(["--tiny", f"--out={out}"]) == 1
-        rows = first_day_results.read_rows(out)
-        assert [row["test"] for row in rows] == names[:3]
-        assert [row.get("outcome") for row in rows] == ["passed", "failed", None]
-        assert first_day_results.find_left(rows) == [names[2]]
-        assert all(row["tiny"] for row in rows)
-        assert gpu_tests.main(["--tiny", f"--out={out}"]) == 1
-    assert gpu_tests.read_outcomes(out) == {
-        names[0]: "passed",
-        names[1]: "failed",
-        names[2]: "started",
-        names[3]: "passed",
-    }
-    [problem] = first_day_results.find_problems(first_day_results.read_rows(out))
-    assert problem.startswith(f"{names[1]}: ") and "assert 1 == 2" in problem
-
-
-def test_tests_are_skipped_with_a_reason_where_the_checkout_has_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
-    assert gpu_tests.main([f"--out={tmp_path}/tests.jsonl"]) == 0
-    [row] = first_day_results.read_rows(tmp_path / "tests.jsonl")
-    assert "no tests beside" in row["skipped"]
 
 
 STEP = {"step_s": 0.5, "optimizer_s": 0.05, "optimizer_range_s": [0.04, 0.06], "host_s": 0.01}
