@@ -6,6 +6,7 @@
     jaxtrain bench --suite=loader --json=loader.jsonl
     jaxtrain bench --suite=gpu --minutes=10    # on a GPU; --tiny tests the suite anywhere
     jaxtrain bench --suite=first-day --minutes=40 --out=DIR    # on a new card; see below
+    jaxtrain bench --suite=first-day --minutes=15 --stages=machine,training:9,kernels --out=DIR
 
 Suites for the processor, which run by default:
     cpu       training steps against PyTorch, eager and compiled (needs the extra `crosscheck`), as
@@ -41,18 +42,18 @@ Suites for GPUs, which run only if named:
               suite, on 8 virtual devices
 
     first-day the whole first day on a card, in slices: --minutes is the time of one, and a second
-              call with the same --out continues where the first stopped. In this order: the machine
-              (driver, versions, clocks as found, ceilings), `pytest -m gpu`, every kernel beside
-              its rivals, the kernels' tiles, suite gpu with Muon at all sizes, the plan's memory
-              and time beside the measured ones (from which it fits what `jaxtrain plan
-              --calibrated` reads), and two steps' time by cause. Each is a process with a limit, a
-              log and a result in --out; if one hangs or crashes, the others still run. Prints a
-              plan of the minutes first, and at its end what is measured, what failed and why, what
-              is left, and the command that continues. A stage that failed or used all its minutes
-              runs again only if --stages names it. The last two stages need no GPU. A call with
-              --write measures nothing: it writes the results into README.md and docs/results.md and
-              copies the tuned tables. Where there is no git checkout, JAXTRAIN_COMMIT names the
-              commit
+              call with the same --out continues where the first stopped. In this order, or in that
+              of --stages: the machine (driver, versions, clocks as found, ceilings), `pytest -m
+              gpu`, every kernel beside its rivals, the kernels' tiles, suite gpu with Muon at all
+              sizes, the plan's memory and time beside the measured ones (from which it fits what
+              `jaxtrain plan --calibrated` reads), and two steps' time by cause. Each is a process
+              with a limit, a log and a result in --out; if one hangs or crashes, the others still
+              run. Prints a plan of the minutes first, and at its end what is measured, what failed
+              and why, what is left, and the command that continues. A stage that failed or used all
+              its minutes runs again only if --stages names it; training:9 gives it at most 9
+              minutes of this call. The last two stages need no GPU. A call with --write measures
+              nothing: it writes the results into README.md and docs/results.md and copies the tuned
+              tables. Where there is no git checkout, JAXTRAIN_COMMIT names the commit
 
 Suites for any device, which run only if named:
     transfer  whether the best learning rate stays the best in wider and deeper models, with
@@ -136,7 +137,8 @@ def parse(
     add("--minutes", type=positive(float), default=10.0, help="time to use; default: 10")
     add("--tiny", action="store_true", help="tiny models on any processor, to test the suite")
     add("--out", metavar="DIR", type=Path, help="first-day: folder of its results")
-    text = f"first-day: of {', '.join(stage.name for stage in STAGES)}; default: all"
+    text = f"first-day: of {', '.join(stage.name for stage in STAGES)}; they run in the order of "
+    text += "this flag, and tests:2 takes at most 2 minutes of this call; default: all"
     add("--stages", type=lambda text: text.split(","), metavar="A,B", help=text)
     text = "first-day: write the results in --out into README and docs, and the tuned tables"
     add("--write", action="store_true", help=text)

@@ -19,7 +19,7 @@ from jaxtrain.benchmarks import (
     gpu_training,
     suites,
 )
-from jaxtrain.benchmarks.first_day_stages import STAGES, Stage, build_argv
+from jaxtrain.benchmarks.first_day_stages import STAGES, Stage, build_argv, choose_stages
 
 PROGRAM = """
 import json, os, pathlib, signal, sys, time
@@ -124,6 +124,50 @@ def test_the_plan_of_the_minutes_comes_first_and_fits_the_slice(suite):
     ]
 
 
+def test_stages_run_in_the_order_in_which_they_are_named_with_their_limits(suite):
+    stages = [fake("good"), fake("slow"), fake("wrong")]
+    # The slow stage stores what it has in 0.016 minutes, and its whole time is one minute.
+    names = ["wrong", "slow:0.016", "good"]
+    _, output, record = suite(stages, minutes=3.0, names=names)
+    plan, _, log = output.partition("its output goes")
+    assert [line.split()[0] for line in plan.splitlines()[2:5]] == ["wrong", "slow", "good"]
+    assert plan.splitlines()[3].split()[3:] == ["1", "0.0"]
+    done = [line.partition(":")[0] for line in log.splitlines() if " after " in line]
+    assert done == ["wrong", "slow", "good"]
+    assert record["slow"]["state"] == "unfinished" and "its time in this call" in output
+    assert "--stages=slow:0.016" in output.partition("Continue: ")[2].splitlines()[0]
+
+
+def test_a_stage_is_not_started_before_its_input_exists(suite):
+    stages = [fake("good"), fake("slow", reads="good.json")]
+    status, output, record = suite(stages, names=["slow", "good"])
+    assert status == 0 and record["slow"]["state"] == "waiting" and not record["slow"]["calls"]
+    assert "--stages=slow" in output.partition("Continue: ")[2]  # now it can run
+    assert suite(stages)[2]["slow"]["state"] == "done"
+
+
+@pytest.mark.parametrize(
+    "word, error",
+    [
+        ("kernel", "must be of machine, tests, .*; got kernel"),
+        ("tests,tests:2", "each at most once; got tests"),
+        ("tests:0.5", "tests:MINUTES must be at least 1; got tests:0.5"),
+        ("tests:", "at least 1; got tests:"),
+        ("tests:two", "at least 1; got tests:two"),
+    ],
+)
+def test_stages_that_cannot_run_as_named_are_an_error(word, error):
+    with pytest.raises(first_day_results.FirstDayError, match=error):
+        choose_stages(word.split(","))
+
+
+def test_a_named_stage_has_its_limit_and_all_stages_have_none():
+    assert choose_stages([]) == list(STAGES)
+    training, kernels = choose_stages(["training:6", "kernels"])
+    assert (training.call_minutes, training.minutes, training.flag) == (6.0, 30, "training:6")
+    assert kernels.call_minutes > kernels.minutes and kernels.flag == "kernels"
+
+
 def test_a_kernel_that_is_wrong_is_listed_with_its_reason(suite):
     status, output, record = suite([fake("wrong")])
     assert status == 1 and record["wrong"]["state"] == "done"
@@ -185,8 +229,11 @@ def test_results_of_another_card_are_refused(tmp_path, monkeypatch):
 
 
 def test_two_calls_cannot_use_one_folder(tmp_path):
-    with first_day.lock_folder(tmp_path), pytest.raises(first_day.FirstDayError, match="in use"):
-        with first_day.lock_folder(tmp_path):
+    with (
+        first_day_results.lock_folder(tmp_path),
+        pytest.raises(first_day.FirstDayError, match="in use"),
+    ):
+        with first_day_results.lock_folder(tmp_path):
             pass
 
 
@@ -213,7 +260,7 @@ def test_wrong_flags_of_the_suite_are_errors(tmp_path, capsys):
             bench.parse(flags.split())
     assert capsys.readouterr().err.count("needs --") == 3
     common = ["--suite=first-day", f"--out={tmp_path}"]
-    with pytest.raises(SystemExit, match="--stages must be of machine, tests, .*; got kernel"):
+    with pytest.raises(SystemExit, match="error: --stages must be of machine, tests"):
         bench.main([*common, "--tiny", "--stages=kernel"])
     with pytest.raises(SystemExit, match="first-day needs a GPU; got none"):
         bench.main(common)

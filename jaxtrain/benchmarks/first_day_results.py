@@ -1,5 +1,6 @@
 """Reads the result files of suite first-day: what is measured, what is wrong and what is left."""
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 from jaxtrain.benchmarks.gpu_results import describe
 from jaxtrain.benchmarks.timing import target_verdict
 from pallas_kernels.bench_results import OURS, best_of
+from pallas_kernels.result_files import lock_file
 from pallas_kernels.targets import Target
 
 Row = dict[str, Any]
@@ -40,6 +42,18 @@ def read_rows(path: Path, lines: bool | None = None) -> list[Row]:
 
 class FirstDayError(ValueError):
     """A flag of the suite does not fit the folder, the card or the stages."""
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Locks a folder for the block. Raises FirstDayError if another call of the suite has it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock_file(folder / RECORD))
+        except BlockingIOError:
+            text = f"--out {folder} is in use by another call. Wait for its end."
+            raise FirstDayError(text) from None
+        yield
 
 
 def read_record(folder: Path) -> dict[str, Any]:
