@@ -6,6 +6,7 @@
     jaxtrain bench --suite=loader --json=loader.jsonl
     jaxtrain bench --suite=gpu --minutes=10    # on a GPU; --tiny tests the suite anywhere
     jaxtrain bench --suite=first-day --minutes=40 --out=DIR    # on a new card; see below
+    jaxtrain bench --suite=first-day --minutes=15 --stages=machine,training:9,kernels --out=DIR
 
 Suites for the processor, which run by default:
     cpu       training steps against PyTorch, eager and compiled (needs the extra `crosscheck`), as
@@ -22,17 +23,17 @@ Suites for the processor, which run by default:
 
 Suites for GPUs, which run only if named:
     gpu       our step at 124M to 1.4B against compiled PyTorch (extra `crosscheck`). Each runs in
-              its own process, with the same tokens per step, in its fastest micro-batch size.
-              Measures step time (p50, p95), tokens/s, MFU by two conventions, the shares of
-              optimizer and host, compilation time, time to first step, memory used and predicted.
-              Then tries the XLA options that jaxtrain/ops/tuning.py lists as assumed, one at a
-              time. It stays within --minutes and lists the rows that it did not reach. Each row
-              is stored as soon as it is measured. --trace=DIR stores profiles of our steps.
-              Steps are shortened to 1.5 s, which makes the optimizer's share larger than in
-              training. Figures `at 524288` are computed for a step of that many tokens. PyTorch's
-              optimizer is timed inside its steps, ours as a separate program; its range is the
-              10th to 90th percentile. The host's share is the CPU time of the launching thread, an
-              upper bound of its work
+              its own process, with the same tokens per step, in its fastest micro-batch size: after
+              every size has one row, half of it is tried. Measures step time (p50, p95), tokens/s,
+              MFU by two conventions, the shares of optimizer and host, compilation time, time to
+              first step, memory used and predicted. Then tries the XLA options that
+              jaxtrain/ops/tuning.py lists as assumed, one at a time. It stays within --minutes and
+              lists the rows that it did not reach. Each row is stored as soon as it is measured.
+              --trace=DIR stores profiles of our steps. Steps are shortened to 1.5 s, which makes
+              the optimizer's share larger than in training. Figures `at 524288` are computed for a
+              step of that many tokens. PyTorch's optimizer is timed inside its steps, ours as a
+              separate program; its range is the 10th to 90th percentile. The host's share is the
+              CPU time of the launching thread, an upper bound of its work
     judge     300 steps of gpt_124m on real text (--text, --shards) beside PyTorch, from the same
               weights on the same batches, with three seeds: the difference between the losses must
               be within the spread over seeds
@@ -41,18 +42,18 @@ Suites for GPUs, which run only if named:
               suite, on 8 virtual devices
 
     first-day the whole first day on a card, in slices: --minutes is the time of one, and a second
-              call with the same --out continues where the first stopped. In this order: the machine
-              (driver, versions, clocks as found, ceilings), `pytest -m gpu`, every kernel beside
-              its rivals, the kernels' tiles, suite gpu with Muon at all sizes, the plan's memory
-              and time beside the measured ones (from which it fits what `jaxtrain plan
-              --calibrated` reads), and two steps' time by cause. Each is a process with a limit, a
-              log and a result in --out; if one hangs or crashes, the others still run. Prints a
-              plan of the minutes first, and at its end what is measured, what failed and why, what
-              is left, and the command that continues. A stage that failed or used all its minutes
-              runs again only if --stages names it. The last two stages need no GPU. A call with
-              --write measures nothing: it writes the results into README.md and docs/results.md and
-              copies the tuned tables. Where there is no git checkout, JAXTRAIN_COMMIT names the
-              commit
+              call with the same --out continues where the first stopped. In this order, or in that
+              of --stages: the machine (driver, versions, clocks as found, ceilings), `pytest -m
+              gpu`, every kernel beside its rivals, the kernels' tiles, suite gpu with Muon at all
+              sizes, the plan's memory and time beside the measured ones (from which it fits what
+              `jaxtrain plan --calibrated` reads), and two steps' time by cause. Each is a process
+              with a limit, a log and a result in --out; if one hangs or crashes, the others still
+              run. Prints a plan of the minutes first, and at its end what is measured, what failed
+              and why, what is left, and the command that continues. A stage that failed or used all
+              its minutes runs again only if --stages names it; training:9 gives it at most 9
+              minutes of this call. The last two stages need no GPU. A call with --write measures
+              nothing: it writes the results into README.md and docs/results.md and copies the tuned
+              tables. Where there is no git checkout, JAXTRAIN_COMMIT names the commit
 
 Suites for any device, which run only if named:
     transfer  whether the best learning rate stays the best in wider and deeper models, with
@@ -85,6 +86,7 @@ from jaxtrain.benchmarks import (
     processor,
 )
 from jaxtrain.benchmarks.first_day_stages import STAGES
+from jaxtrain.benchmarks.gpu_results import newest_ratios
 from jaxtrain.benchmarks.suites import CHOICES, CPU_SUITES, NAMED_SUITES, ROUNDS, SUITES
 from jaxtrain.config.commands import rewrite_commands
 from jaxtrain.file_errors import exit_on_file_error
@@ -135,7 +137,8 @@ def parse(
     add("--minutes", type=positive(float), default=10.0, help="time to use; default: 10")
     add("--tiny", action="store_true", help="tiny models on any processor, to test the suite")
     add("--out", metavar="DIR", type=Path, help="first-day: folder of its results")
-    text = f"first-day: of {', '.join(stage.name for stage in STAGES)}; default: all"
+    text = f"first-day: of {', '.join(stage.name for stage in STAGES)}; they run in the order of "
+    text += "this flag, and tests:2 takes at most 2 minutes of this call; default: all"
     add("--stages", type=lambda text: text.split(","), metavar="A,B", help=text)
     text = "first-day: write the results in --out into README and docs, and the tuned tables"
     add("--write", action="store_true", help=text)
@@ -145,7 +148,7 @@ def parse(
     add("--rows", type=positive(int), default=0, help=text)
     text = "gpu: time for the counted steps of a row; default: 15"
     add("--seconds", type=positive(float), default=15.0, metavar="S", help=text)
-    text = "gpu: store profiles of two of our steps per size"
+    text = "gpu: store profiles of two of our steps per size and micro-batch size"
     add("--trace", metavar="DIR", default="", help=text)
     add("--text", metavar="PATH", help="judge: text to train on; default: Python's own library")
     add("--shards", metavar="PATH", help="judge: token shards to train on")
@@ -212,7 +215,7 @@ def _run(args: argparse.Namespace) -> None:
         for new_rows, text in SUITES[name](args, args.rounds or ROUNDS.get(name)):
             # A later call may continue these rows at another commit.
             measured = processor.date_and_commit()
-            rows += [measured | row | trial for row in new_rows]
+            rows = newest_ratios([*rows, *(measured | row | trial for row in new_rows)])
             if args.json:  # after each result, so that an interrupted run loses none
                 write_atomic(args.json, "".join(strict_json(row) + "\n" for row in rows))
             show(text if name in NAMED_SUITES else f"\n== {name}\n{text}")

@@ -68,9 +68,9 @@ LONGEST = (
 # Further files that take over 2 s or import torch. All others are the fast subset:
 # python -m pytest -m fast
 SLOW = """
-benchmarks_child benchmarks_first_day benchmarks_optimizer benchmarks_transfer branching
-checkpoint_broken checkpoint_integrity checkpoint_manager checkpoint_processes config_command_line
-crosscheck_batches crosscheck_causes crosscheck_loops crosscheck_optimizer_check
+benchmarks_child benchmarks_first_day benchmarks_gpu_tests benchmarks_optimizer benchmarks_transfer
+branching checkpoint_broken checkpoint_integrity checkpoint_manager checkpoint_processes
+config_command_line crosscheck_batches crosscheck_causes crosscheck_loops crosscheck_optimizer_check
 crosscheck_pretrained crosscheck_reordering crosscheck_torch_data crosscheck_torch_model
 crosscheck_trace data_encode data_encoding_cut_points data_encoding_formats data_encoding_journal
 data_encoding_pipeline data_encoding_roundtrip data_loader data_mixture data_tokenizer

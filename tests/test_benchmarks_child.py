@@ -1,5 +1,8 @@
 """The children of the suites for GPUs: how they end, and how their results are read."""
 
+import contextlib
+import dataclasses
+import json
 import os
 import re
 import signal
@@ -7,11 +10,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from jaxtrain.benchmarks import child
-from jaxtrain.benchmarks.child import BenchJob, run_child, run_process_group
+from jaxtrain.benchmarks import child, jax_child
+from jaxtrain.benchmarks.child import BenchJob, child_main, run_child, run_process_group
 
 
 def test_a_child_that_crashes_or_takes_too_long_is_a_row_with_the_reason(tmp_path):
@@ -54,6 +58,59 @@ def test_a_child_whose_result_cannot_be_read_is_a_row_with_the_reason(
     result = run_child("jax_child", BenchJob("about"), tmp_path, 60)
     assert list(result) == ["error"] and len(result["error"]) < 700
     assert re.search(error, result["error"])
+
+
+@pytest.mark.parametrize(
+    "status, reason", [(None, "killed: .* more than the 60 s"), (7, "status 7: ")]
+)
+def test_what_a_child_has_stored_is_returned_with_the_reason_why_it_ended(
+    status, reason, tmp_path, monkeypatch
+):
+    def start(argv, *args):
+        Path(argv[-1]).write_text('{"step_s": 1.5}')
+        return status
+
+    monkeypatch.setattr(child, "run_process_group", start)
+    result = run_child("jax_child", BenchJob("train"), tmp_path, 60)
+    assert result.pop("step_s") == 1.5 and list(result) == ["incomplete"]
+    assert re.search(reason, result["incomplete"])
+
+
+@pytest.mark.parametrize("stored", [[], [{"step_s": 1.5}]])
+def test_running_out_of_memory_replaces_no_result(stored, tmp_path, monkeypatch):
+    def measure(job):
+        yield from stored
+        raise MemoryError("out of memory\nand more")
+
+    paths = [tmp_path / "job.json", tmp_path / "result.json"]
+    paths[0].write_text(json.dumps(dataclasses.asdict(BenchJob("train"))))
+    monkeypatch.setattr(sys, "argv", ["", *map(str, paths)])
+    is_oom = lambda error: isinstance(error, MemoryError)
+    with pytest.raises(MemoryError) if stored else contextlib.nullcontext():
+        child_main({"train": measure}, is_oom)
+    assert json.loads(paths[1].read_text()) == (stored or [{"oom": "out of memory"}])[-1]
+
+
+def test_our_step_is_stored_before_its_trace_and_the_optimizer_which_may_fail(
+    monkeypatch, tmp_path
+):
+    def fail(*args):
+        raise MemoryError("no memory for the copy of the gradients")
+
+    step = SimpleNamespace(compiled=None, compile_s=2.0)
+    jax_step = SimpleNamespace(step=step, init=dict, launch=fail, run=SimpleNamespace(routes={}))
+    jax_step.state = ()
+    monkeypatch.setattr(jax_child, "JaxStep", lambda *args: jax_step)
+    monkeypatch.setattr(jax_child, "start_runtime", lambda cfg: None)
+    monkeypatch.setattr(jax_child, "peak_bytes", lambda compiled: 1)
+    monkeypatch.setattr(jax_child, "time_steps", lambda *args: {"step_s": 1.5})
+    monkeypatch.setattr(jax_child, "time_optimizer", fail)
+    job = BenchJob("train", "gpt_124m", batch=2, rows=2, tiny=True, trace=str(tmp_path / "trace"))
+    results = jax_child.train(job)
+    assert "no_trace" not in (first := next(results)) and first["step_s"] == 1.5
+    assert next(results)["no_trace"] == "MemoryError: no memory for the copy of the gradients"
+    with pytest.raises(MemoryError):
+        next(results)
 
 
 @pytest.mark.parametrize("script, status", [("", 0), ("time.sleep(60)", None)])

@@ -40,7 +40,7 @@ STEP = FIRST | {
 STEP |= {"tokens_per_s": 512_345.0, "mfu": 0.453, "optimizer_share_at_524288": 0.021}
 STEP |= {"idle_share": 0.03, "step_s": 0.128, "peak_bytes": 5 * 2**30, "first_step_s": 51.0}
 STEP |= {"targets": {"mfu": "target >= 0.5 MISSED"}}
-SLOWER = STEP | {"rows": 16, "tokens_per_s": 400_000.0, "first_step_s": 9.0} | SECOND
+SLOWER = STEP | {"rows": 16, "half": True, "tokens_per_s": 400_000.0, "first_step_s": 9.0} | SECOND
 RATIO = SECOND | {"suite": "gpu", "case": "gpt_124m muon", "what": "ratio", "value": 1.234}
 RATIO |= {"targets": {"ratio": "target >= 1.1 met"}}
 FAILED = {"suite": "gpu", "case": "gpt_350m muon", "variant": "jaxtrain", "what": "step"}
@@ -68,7 +68,7 @@ PLAN = {"case": "gpt_124m muon, 32 rows, step", "measured_s": 0.128, "bound_s": 
 PLAN |= {"calibrated_s": 0.127, "measured_bytes": 5 * 2**30, "planned_bytes": 4 * 2**30}
 PROFILE = {"trace": "gpt_124m_muon_jaxtrain_step", "span_s": 0.4, "idle_s": 0.02}
 PROFILE |= {"by_cause_s": {"products": 0.3, "attention": 0.1}}
-
+PROFILE_OF_SLOWER = PROFILE | {"trace": f"{PROFILE['trace']}_half", "span_s": 0.6}
 
 UNMEASURED = {
     "machine": ("ceilings",),
@@ -97,7 +97,7 @@ def day(tmp_path):
         folder / "plan.json",
         {"chip": "h100", "rows": [PLAN], "calibration": "products 70%"} | THIRD,
     )
-    write(folder / "profile.jsonl", PROFILE)
+    write(folder / "profile.jsonl", PROFILE, PROFILE_OF_SLOWER)
     write(folder / "tuned" / "h100.json", [TUNED])
     return folder
 
@@ -165,11 +165,20 @@ def test_results_replace_what_was_unmeasured_with_card_versions_date_and_commit(
     (profile,) = table(checkout, "docs/results.md", "profile").values()
     assert profile.what == "time by cause of gpt_124m_muon_jaxtrain_step"
     assert profile.figure == "400.0 ms, 5.0% idle: products 75.0%; attention 25.0%"
-    # The trace is of the last step of that name, whichever slice has read it.
-    assert profile.source.endswith("2026-11-26, 2ec02d0")
+    assert profile.source.endswith("2026-11-25, b121ec7")  # its step's, whichever slice read it
     assert json.loads((checkout / "pallas_kernels/tuned/h100.json").read_text()) == [TUNED]
     for page, text in before.items():  # nothing else of the pages has changed
         assert outside((checkout / page).read_text()) == outside(text) != text
+
+
+def test_the_time_by_cause_is_that_of_the_step_in_the_table_of_the_training(day, checkout):
+    write_tables(day, checkout)
+    faster = SLOWER | {"tokens_per_s": 600_000.0}
+    write(day / "training.jsonl", MACHINE, STEP, faster)
+    write_tables(day, checkout)
+    assert "600,000 tokens/s" in str(table(checkout, "docs/results.md", "training"))
+    (profile,) = table(checkout, "docs/results.md", "profile").values()  # it has replaced the first
+    assert profile.figure.startswith("600.0 ms") and profile.source.endswith("26, 2ec02d0")
 
 
 def test_a_figure_of_an_earlier_version_has_no_commit():

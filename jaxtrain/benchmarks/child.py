@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,6 +26,8 @@ from pallas_kernels.result_files import read_object
 # Sizes for --tiny, which tests a suite on any processor; its figures mean nothing.
 TINY = dict(L=1, D=32, F=64, H=4, G=2, K=16, V=256)
 TINY_T = 16
+
+Result = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +104,13 @@ def run_child(
 ) -> dict[str, Any]:
     """Runs `python -m jaxtrain.benchmarks.MODULE` and returns its result, or {"error": reason}.
 
-    The error of a child that was killed after limit_s has "timed_out": true.
+    If the child was killed or crashed after it had stored a part of its result, then that part is
+    returned, with "incomplete": reason. The error of a child that was killed after limit_s, before
+    it stored anything, has "timed_out": true.
 
     Args:
         folder: for the job, the result and the child's output.
-        limit_s: the child is killed after this time, which is an error.
+        limit_s: the child is killed after this time.
         env: variables added to this process's environment.
     """
     job_path, result_path = folder / "job.json", folder / "result.json"
@@ -116,34 +120,41 @@ def run_child(
     argv = [sys.executable, "-m", f"jaxtrain.benchmarks.{module}", str(job_path), str(result_path)]
     with open(folder / "output.txt", "w") as output:
         status = run_process_group(argv, output, limit_s, os.environ | (env or {}))
+    reason = ""
     if status is None:
         reason = f"killed: it took more than the {limit_s:.0f} s that it was given"
-        return {"error": reason, "timed_out": True}
-    if status:
-        return {"error": f"exit status {status}: {last_lines(folder / 'output.txt', 600)}"}
+    elif status:
+        reason = f"exit status {status}: {last_lines(folder / 'output.txt', 600)}"
     try:
-        return read_object(result_path)
+        result = read_object(result_path)
     except (OSError, ValueError) as error:
-        return {"error": f"no result: {error}"}
+        failure = {"error": reason or f"no result: {error}"}
+        return failure | ({"timed_out": True} if status is None else {})
+    return result | ({"incomplete": reason} if reason else {})
 
 
 def child_main(
-    kinds: Mapping[str, Callable[[BenchJob], dict[str, Any]]], is_oom: Callable[[Exception], bool]
+    kinds: Mapping[str, Callable[[BenchJob], Result | Iterator[Result]]],
+    is_oom: Callable[[Exception], bool],
 ) -> None:
     """Runs a child: does the job in the file argv[1] and writes its result to argv[2].
 
-    If the device runs out of memory, the result is {"oom": reason}.
+    If the device runs out of memory before there is any result, that is {"oom": reason}.
 
     Args:
-        kinds: the function for each BenchJob.kind.
+        kinds: the function for each BenchJob.kind. It returns the result, or yields what it has
+            measured so far, so that run_child has that if the child is killed or crashes.
         is_oom: whether an error means that the device ran out of memory.
     """
     values = json.loads(Path(sys.argv[1]).read_text())
     job = BenchJob(**values | {name: tuple(values[name]) for name in ("seeds", "shards")})
+    path, stored = Path(sys.argv[2]), False
     try:
-        result = kinds[job.kind](job)
+        returned = kinds[job.kind](job)
+        for result in [returned] if isinstance(returned, dict) else returned:
+            write_atomic(path, strict_json(result))
+            stored = True
     except Exception as error:
-        if not is_oom(error):
+        if stored or not is_oom(error):
             raise
-        result = {"oom": str(error).splitlines()[0][:300]}
-    write_atomic(Path(sys.argv[2]), strict_json(result))
+        write_atomic(path, strict_json({"oom": str(error).splitlines()[0][:300]}))

@@ -2,8 +2,9 @@
 
 Each stage is a child process with a time limit, a log and a result file in one folder, so that the
 others still run if one hangs, crashes or is killed. The stages are data: a command, its limit and
-its result. A call works for one slice of time; the next call with the same folder continues.
-What each stage has done is in first_day.json, which is written before and after every stage.
+its result; --stages chooses, orders and limits them. A call works for one slice of time; the next
+call with the same folder continues. What each stage has done is in first_day.json, which is written
+before and after every stage.
 
 This process never uses the GPU.
 """
@@ -15,7 +16,7 @@ import shlex
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,18 @@ from jaxtrain.benchmarks.first_day_results import (
     FirstDayError,
     find_left,
     find_problems,
+    lock_folder,
     read_record,
     read_rows,
     summarize,
 )
-from jaxtrain.benchmarks.first_day_stages import STAGES, Stage, build_argv
+from jaxtrain.benchmarks.first_day_stages import STAGES, Stage, build_argv, choose_stages
 from jaxtrain.benchmarks.gpu_training import NoGpu
 from jaxtrain.benchmarks.step_timing import gpu_clocks
 from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.reporting.table import format_table
 from pallas_kernels.child_process import exit_on_sigterm, last_lines
 from pallas_kernels.quiet import has_gpu
-from pallas_kernels.result_files import lock_file
 
 COMMAND = "python -m jaxtrain.bench --suite=first-day"
 # A stage's state. The next call runs those that are `waiting` or `unfinished`.
@@ -114,19 +115,24 @@ class FirstDay:
 
     def is_open(self, stage: Stage) -> bool:
         """Returns whether this call would run a stage."""
-        has_input = bool(stage.reads) and (self.folder / stage.reads).exists()
+        needs_no_gpu = bool(stage.reads) and self._has_input(stage)
         is_open = self.state(stage)["state"] in (WAITING, UNFINISHED)
-        return is_open and (has_gpu() or self.tiny or has_input)
+        return is_open and (has_gpu() or self.tiny or needs_no_gpu)
+
+    def _has_input(self, stage: Stage) -> bool:
+        """Returns whether the result that a stage reads exists; an earlier stage may write it."""
+        return (self.folder / stage.reads).exists()
 
     def allotted_minutes(self, stage: Stage, left: float) -> float:
         """Returns the minutes for a stage if `left` are left: 0.0 if they are too few to start."""
-        minutes = min(stage.minutes - self.state(stage)["used_s"] / 60, left)
+        minutes = stage.minutes - self.state(stage)["used_s"] / 60
+        minutes = min(minutes, stage.call_minutes, left)
         return minutes if minutes >= stage.least_minutes else 0.0
 
-    def plan_text(self, names: Sequence[str]) -> str:
-        """Returns the plan of this slice's minutes as a table."""
-        left, rows = self.minutes, []
-        for stage in self.stages:
+    def plan_text(self, chosen: Sequence[Stage]) -> str:
+        """Returns the plan of this slice's minutes as a table, in the order of the call."""
+        left, rows, names = self.minutes, [], [stage.name for stage in chosen]
+        for stage in [*chosen, *(stage for stage in self.stages if stage.name not in names)]:
             runs = self.is_open(stage) and stage.name in names
             minutes = self.allotted_minutes(stage, left) if runs else 0.0
             left -= minutes
@@ -137,10 +143,10 @@ class FirstDay:
         table = format_table(rows, ("stage", "state", "used", "limit", "at most now"))
         return f"Minutes of this slice ({self.minutes:g} in all), in {self.folder}:\n{table}"
 
-    def run(self, names: Sequence[str]) -> None:
-        """Runs the named stages that are open, one after the other, while time is left."""
-        for stage in self.stages:
-            if stage.name not in names or not self.is_open(stage):
+    def run(self, chosen: Sequence[Stage]) -> None:
+        """Runs those of some stages that are open, one after the other, while time is left."""
+        for stage in chosen:
+            if not (self.is_open(stage) and self._has_input(stage)):
                 continue
             if self.tiny and stage.tiny is None:
                 self.state(stage).update(state=SKIPPED, reason="it has no trial without a card")
@@ -208,7 +214,7 @@ class FirstDay:
             return DONE, ""
         what = f"; left: {', '.join(left)}" if left else ""
         if self._can_go_on(stage):
-            return UNFINISHED, f"the time of this slice was up{what}"
+            return UNFINISHED, f"its time in this call was up{what}"
         return STOPPED, f"it used all of its {stage.minutes:g} minutes{what}"
 
     def _collect(self, source: Path, since: float) -> None:
@@ -230,8 +236,12 @@ class FirstDay:
             return read_rows(self.folder / stage.result)
         return []
 
-    def report_text(self, command: str) -> str:
-        """Returns what is measured, what failed and why, and what is left with its command."""
+    def report_text(self, command: str, named: Sequence[Stage]) -> str:
+        """Returns what is measured, what failed and why, and what is left with its command.
+
+        Args:
+            named: the stages that --stages names, which the command continues first.
+        """
         measured, failed, left, stuck, results = [], [], [], [], set()
         for stage in self.stages:
             # Two stages may share a result, which is reported once.
@@ -249,7 +259,8 @@ class FirstDay:
         lines = ["Measured:", *(measured or ["  nothing"]), "Failed or skipped:"]
         lines += [*(failed or ["  nothing"]), "Left:", *(left or ["  nothing"])]
         if left:
-            lines.append(f"Continue: {command}")
+            flags = [s.flag for s in named if self.is_open(s) and self._has_input(s)]
+            lines.append(f"Continue: {command}{' --stages=' * bool(flags)}{','.join(flags)}")
         if stuck:
             lines.append(f"Try what failed again: {command} --stages={','.join(stuck)}")
         return "\n".join(lines)
@@ -263,18 +274,6 @@ class FirstDay:
         )
 
 
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Locks a folder for the block. Raises FirstDayError if another call of the suite has it."""
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(lock_file(folder / RECORD))
-        except BlockingIOError:
-            text = f"--out {folder} is in use by another call. Wait for its end."
-            raise FirstDayError(text) from None
-        yield
-
-
 def run_suite(
     args: argparse.Namespace, show: Callable[[str], None], stages: Sequence[Stage] = STAGES
 ) -> int:
@@ -282,19 +281,18 @@ def run_suite(
 
     Raises:
         NoGpu: no stage can run here without one.
-        FirstDayError: see FirstDay and lock_folder; or --stages names an unknown stage.
+        FirstDayError: see FirstDay, lock_folder and choose_stages.
     """
-    known = [stage.name for stage in stages]
-    names = args.stages or known
-    if unknown := [name for name in names if name not in known]:
-        raise FirstDayError(f"--stages must be of {', '.join(known)}; got {', '.join(unknown)}.")
+    chosen = choose_stages(args.stages or (), stages)
     with exit_on_sigterm(), lock_folder(args.out):
         day = FirstDay(args.out, args.minutes, args.tiny, show, stages)
-        day.retry(args.stages or ())
+        named = chosen if args.stages else []
+        day.retry([stage.name for stage in named])
         if not (has_gpu() or args.tiny or any(map(day.is_open, stages))):
             raise NoGpu("suite first-day needs a GPU; got none. Set --tiny to try it here.")
-        show(day.plan_text(names))
-        day.run(names)
+        show(day.plan_text(chosen))
+        day.run(chosen)
         tiny = " --tiny" if args.tiny else ""
-        show(day.report_text(f"{COMMAND} --minutes={args.minutes:g} --out={args.out}{tiny}"))
+        command = f"{COMMAND} --minutes={args.minutes:g} --out={args.out}{tiny}"
+        show(day.report_text(command, named))
         return int(day.has_failed)

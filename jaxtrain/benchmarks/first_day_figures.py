@@ -31,16 +31,26 @@ def machine_figures(rows: Sequence[Row]) -> Iterator[Figure]:
         yield Figure("ceilings of a plain product and a plain copy", text, row, "machine")
 
 
-def profile_figures(rows: Sequence[Row]) -> Iterator[Figure]:
-    """Yields the time by cause of each traced step.
+def fastest_steps(rows: Sequence[Row]) -> dict[str, Row]:
+    """Returns {case: the fastest of our steps, at any micro-batch size}."""
+    fastest: dict[str, Row] = {}
+    for row in rows:
+        if row.get("variant") == "jaxtrain" and row.get("what") == "step" and "step_s" in row:
+            fastest[row["case"]] = max(
+                fastest.get(row["case"], row), row, key=lambda row: row["tokens_per_s"]
+            )
+    return fastest
 
-    A trace's folder has the name of its step, whose row has the date and the commit. The trace of a
-    step without a row is of a measurement that failed, and has no figure.
+
+def profile_figures(rows: Sequence[Row]) -> Iterator[Figure]:
+    """Yields the time by cause of each step in the table of the training, if it was traced.
+
+    A trace's folder has the name of its step's row, which has the date and the commit.
     """
-    steps = {row_name(row).replace(" ", "_"): row for row in rows if "step_s" in row}
+    steps = {row_name(row).replace(" ", "_"): row for row in fastest_steps(rows).values()}
     for row in rows:
         if "by_cause_s" in row and row["trace"] in steps:
-            what = f"time by cause of {row['trace']}"
+            what = f"time by cause of {row['trace'].removesuffix('_half')}"
             yield Figure(what, profile_figure(row), steps[row["trace"]], "training,profile")
 
 
@@ -50,8 +60,7 @@ def training_figures(rows: Sequence[Row]) -> Iterator[Figure]:
     ratios = {row["case"]: row for row in rows if row.get("what") == "ratio"}
     warm = {row["case"]: row for row in ours if row["what"] == "warm start"}
     steps = [row for row in ours if row["what"] == "step"]
-    for case in dict.fromkeys(row["case"] for row in steps):
-        best = max((r for r in steps if r["case"] == case), key=lambda row: row["tokens_per_s"])
+    for case, best in fastest_steps(rows).items():
 
         def verdict(name: str, targets: dict[str, str] = best["targets"]) -> str:
             return f" ({targets[name]})" if name in targets else ""

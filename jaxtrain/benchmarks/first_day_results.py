@@ -1,5 +1,6 @@
 """Reads the result files of suite first-day: what is measured, what is wrong and what is left."""
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -9,11 +10,13 @@ from typing import Any
 from jaxtrain.benchmarks.gpu_results import describe
 from jaxtrain.benchmarks.timing import target_verdict
 from pallas_kernels.bench_results import OURS, best_of
+from pallas_kernels.result_files import lock_file
 from pallas_kernels.targets import Target
 
 Row = dict[str, Any]
 RECORD = "first_day.json"  # what each stage has done
 TOP_CAUSES = 6  # of a profile, to print
+INCOMPLETE = ("incomplete", "no_trace")  # reasons why a measured row has not all its figures
 
 
 def read_rows(path: Path, lines: bool | None = None) -> list[Row]:
@@ -41,6 +44,18 @@ class FirstDayError(ValueError):
     """A flag of the suite does not fit the folder, the card or the stages."""
 
 
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Locks a folder for the block. Raises FirstDayError if another call of the suite has it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock_file(folder / RECORD))
+        except BlockingIOError:
+            text = f"--out {folder} is in use by another call. Wait for its end."
+            raise FirstDayError(text) from None
+        yield
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """Returns the record of a folder of the suite.
 
@@ -62,8 +77,8 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def row_name(row: Row) -> str:
     """Returns the name of a row of suite gpu or of the tests; "" for other rows."""
-    parts = (str(row[key]) for key in ("test", "case", "variant", "what") if row.get(key))
-    return " ".join(parts)
+    parts = [str(row[key]) for key in ("test", "case", "variant", "what") if row.get(key)]
+    return " ".join([*parts, "half"] if row.get("half") else parts)
 
 
 def contests(rows: Sequence[Row]) -> dict[str, Row]:
@@ -83,14 +98,15 @@ def _errors(value: Any, name: str) -> Iterator[str]:
 def find_problems(rows: Sequence[Row]) -> list[str]:
     """Returns the errors in a result, without those of rows that the next slice measures again.
 
-    A contest is an error if it was not finished or if a body of our kernel is wrong or failed, but
-    not if a rival is missing.
+    A row that is not complete is one. A contest is an error if it was not finished or if a body of
+    our kernel is wrong or failed, but not if a rival is missing.
     """
     found = []
     for row in rows:
         if not row.get("unfinished"):
             own = {key: value for key, value in row.items() if key != "contests"}
             found += _errors(own, row_name(row))
+            found += [f"{row_name(row)}: {row[key]}" for key in INCOMPLETE if row.get(key)]
     for name, result in contests(rows).items():
         found += [f"{name}: {result[key]}" for key in ("error", "tuning_error") if result.get(key)]
         failed = {k: v for k, v in result.get("contestants", {}).items() if isinstance(v, str)}

@@ -1,10 +1,13 @@
 """The stages of suite first-day, as data: each one's command, time limit and result."""
 
+import math
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxtrain.benchmarks.first_day_results import FirstDayError
 from pallas_kernels.kernel_choice import TUNED
 
 LEAST_MINUTES = 1.0  # a stage is not started with less, because starting alone takes as long
@@ -24,10 +27,17 @@ class Stage(NamedTuple):
     result: str  # the file in DIR that it writes: rows of JSON, or one JSON value
     reads: str = ""  # what it reads in DIR, with which it needs no GPU
     collect: Path | None = None  # folder from which new JSON files are copied to DIR/tuned
+    call_minutes: float = math.inf  # the most that it may take in this call
 
     @property
     def least_minutes(self) -> float:
         return min(LEAST_MINUTES, self.minutes / 2)
+
+    @property
+    def flag(self) -> str:
+        """The stage as --stages takes it."""
+        limit = "" if self.call_minutes == math.inf else f":{self.call_minutes:g}"
+        return f"{self.name}{limit}"
 
 
 _BENCHMARKS = "{python} -m jaxtrain.benchmarks."
@@ -50,7 +60,7 @@ STAGES = (
         "training",
         30,
         "{python} -m jaxtrain.bench --suite=gpu --optimizers=muon --minutes={minutes} --resume "
-        "--json={dir}/training.jsonl --trace={dir}/traces",
+        "--seconds=8 --json={dir}/training.jsonl --trace={dir}/traces",
         "--tiny --sizes=gpt_124m --variants=jaxtrain --optimizers=adamw",
         "training.jsonl",
     ),
@@ -72,6 +82,32 @@ STAGES = (
         reads="traces",
     ),
 )
+
+
+def choose_stages(words: Sequence[str], stages: Sequence[Stage] = STAGES) -> list[Stage]:
+    """Returns the stages that --stages names, in its order; all of them if it is empty.
+
+    Raises:
+        FirstDayError: a name is unknown or there twice, or a limit allows no start.
+    """
+    known, chosen = {stage.name: stage for stage in stages}, {}
+    for word in words:
+        name, colon, text = word.partition(":")
+        if name not in known or name in chosen:
+            raise FirstDayError(
+                f"--stages must be of {', '.join(known)}, each at most once; got {name}."
+            )
+        stage = known[name]
+        try:
+            minutes = float(text) if colon else math.inf
+        except ValueError:
+            minutes = math.nan
+        if not minutes >= stage.least_minutes:
+            raise FirstDayError(
+                f"--stages={name}:MINUTES must be at least {stage.least_minutes:g}; got {word}."
+            )
+        chosen[name] = stage._replace(call_minutes=minutes)
+    return list(chosen.values() or stages)
 
 
 def build_argv(stage: Stage, folder: Path, minutes: float, tiny: bool) -> list[str]:

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any
 
+from jaxtrain.benchmarks.gpu_items import TORCH_OPTIMIZERS, Item
 from jaxtrain.benchmarks.timing import target_verdict
 
-TORCH_OPTIMIZERS = ("muon", "adamw")  # torch has no accelerated_lmo, so that is compared with Muon
 # Targets on an H100 or H200: jaxtrain's MFU with Muon (counting causal attention), its tokens/s
 # over those of compiled PyTorch, shares of the optimizer and of an idle device, time to first step.
 MFU = {"gpt_124m": 0.50, "gpt_350m": 0.52, "gpt_774m": 0.55, "llama_1400m": 0.55}
@@ -22,18 +22,6 @@ OPTIMIZER_FIGURES = (
 HOST_BOUND = 0.8  # if launching takes a larger share of the optimizer's time, the device may wait
 
 
-class Item(NamedTuple):
-    """One row to measure."""
-
-    size: str
-    variant: str
-    optimizer: str
-    what: str = "step"  # or "warm start", or the name of the XLA option that is tried
-
-    def __str__(self) -> str:
-        return f"{self.size} {self.optimizer} {self.variant} {self.what}"
-
-
 def step_shares(result: dict[str, Any]) -> dict[str, Any]:
     """Returns the host's and the optimizer's share of a step, and figures at SHARE_TOKENS.
 
@@ -42,20 +30,22 @@ def step_shares(result: dict[str, Any]) -> dict[str, Any]:
     (2026-11-26). So only the idle share of a profile says whether the host slows the GPU.
 
     PyTorch's optimizer is timed inside its steps, by events on the GPU. Our step is one program, so
-    our optimizer is timed as another program. If the host could not launch that fast enough, or if
-    it took longer than the whole step, then its time is not the optimizer's time inside the step,
-    and a reason replaces the share. The figures at SHARE_TOKENS are computed: everything but the
-    optimizer grows with the tokens.
+    our optimizer is timed as another program. A reason replaces the share if the child ended before
+    that, if the host could not launch that program fast enough, or if it took longer than the whole
+    step: then its time is not the optimizer's time inside the step. The figures at SHARE_TOKENS are
+    computed: everything but the optimizer grows with the tokens.
     """
-    step_s, update_s = result["step_s"], result["optimizer_s"]
+    step_s, update_s = result["step_s"], result.get("optimizer_s")
     host_share = {"host_share": result["host_s"] / step_s}
     launch_s = result.get("optimizer_host_s", 0.0)
     reason = ""
-    if update_s > step_s:
+    if update_s is None:
+        reason = result.get("incomplete", "it was not timed")
+    elif update_s > step_s:
         reason = f"as its own program it took {update_s:.2g} s, the whole step {step_s:.2g} s"
     elif launch_s > HOST_BOUND * update_s:
         reason = f"the host took {launch_s:.2g} s to launch what took {update_s:.2g} s"
-    if reason:
+    if update_s is None or reason:
         return host_share | dict.fromkeys(OPTIMIZER_FIGURES) | {"no_optimizer_share": reason}
     large_step_s = (step_s - update_s) * SHARE_TOKENS / result["tokens_per_step"] + update_s
     return host_share | {
@@ -119,6 +109,12 @@ def ratio_row(rows: Sequence[dict[str, Any]], size: str, optimizer: str) -> dict
     }
 
 
+def newest_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns rows without the ratios that a later row of the same case replaces."""
+    last = {row["case"]: row for row in rows if row.get("what") == "ratio"}
+    return [row for row in rows if row.get("what") != "ratio" or row is last[row["case"]]]
+
+
 def stamp(row: dict[str, Any], tiny: bool) -> dict[str, Any]:
     """Returns a row with its date. Tiny rows have no targets and no ratio: they measure nothing."""
     row = row | {"date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
@@ -135,7 +131,8 @@ def describe(row: dict[str, Any]) -> str:
             f"{row['device']}: matrix product {row['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s, "
             f"copy {row['copy_bytes_per_s'] / 1e9:.1f} GB/s"
         )
-    name = f"{row['case']:28} {row.get('variant', ''):9} {row.get('what', ''):12}"
+    what = f"{row.get('what', '')}{' half' * bool(row.get('half'))}"
+    name = f"{row['case']:28} {row.get('variant', ''):9} {what:12}"
     if "error" in row:
         return f"{name} {row['error']}"
     ending = "".join(f"; {figure} {verdict}" for figure, verdict in row["targets"].items())
@@ -155,6 +152,8 @@ def describe(row: dict[str, Any]) -> str:
     launching = f"launching {row['host_share']:.1%}"
     if row.get("idle_share") is not None:
         launching = f"device idle {row['idle_share']:.1%}"
+    elif row.get("no_trace"):
+        launching += f", no trace: {row['no_trace']}"
     return (
         f"{name} micro-batches of {row['rows']} row{'s' * (row['rows'] > 1)}, "
         f"{row['tokens_per_step']} tokens a step, "

@@ -2,15 +2,15 @@
 
 A child process measures each row, so that the frameworks never hold memory at the same time, and a
 crash becomes a row with its reason. This process does not use the GPU. It measures the most
-valuable rows first and lists those for which no time is left. Both frameworks train the same tokens
-per step (the config's, or fewer if a step would take longer than STEP_S), each in its fastest
-micro-batch size. With --resume it keeps the rows of an earlier call and their compile caches.
+valuable rows first, every size once before any at half its micro-batch size, and lists those for
+which no time is left. Both frameworks train the same tokens per step (the config's, or fewer if a
+step would take longer than STEP_S), each in its fastest micro-batch size. With --resume it keeps
+the rows of an earlier call and their compile caches.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import itertools
 import os
 import shutil
 import tempfile
@@ -22,39 +22,33 @@ from typing import Any
 import jax
 
 from jaxtrain.benchmarks.batch_size import (
-    STEP_S,
     first_rows,
     fitting_batch,
     halve_until_it_fits,
     like_torch,
 )
 from jaxtrain.benchmarks.child import BenchJob, job_config, run_child
-from jaxtrain.benchmarks.gpu_results import (
-    TORCH_OPTIMIZERS,
+from jaxtrain.benchmarks.gpu_items import (
+    OPTIMIZERS,
+    SIZES,
+    VARIANTS,
     Item,
-    ratio_row,
-    stamp,
-    step_shares,
-    target_verdicts,
+    build_items,
+    guess_seconds,
 )
+from jaxtrain.benchmarks.gpu_results import ratio_row, stamp, step_shares, target_verdicts
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.distributed import memory
 from jaxtrain.metrics.flops import training_flops
 from jaxtrain.ops import tuning
-from jaxtrain.ops.tuning import TuningChoice
 from jaxtrain.planning.memory_formula import estimate_memory
 from pallas_kernels.chip import Chip, chip_of_kind
 from pallas_kernels.quiet import has_gpu
 
-SIZES = ("gpt_124m", "gpt_350m", "gpt_774m", "llama_1400m")
-OPTIMIZERS = ("muon", "adamw", "accelerated_lmo")
-VARIANTS = ("jaxtrain", "pytorch")
 CHILD_MODULES = {"jaxtrain": "jax_child", "pytorch": "torch_child"}
 CHILD_ENV = memory.environment()  # which training sets for itself
 TORCH_CACHES = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
 
-# Estimates, used only to plan the minutes, of the time that a child takes before its steps.
-START_S, COMPILE_S, TORCH_COMPILE_LAYER_S = 20.0, 40.0, 2.0
 ROW_LIMIT_S = 400.0  # a child that takes longer is killed, so that it costs one row only
 DEFAULT_MICRO_BATCH_TOKENS = 32_768
 
@@ -72,37 +66,14 @@ def check_gpu(tiny: bool) -> None:
         )
 
 
-def build_items(
-    sizes: Sequence[str],
-    optimizers: Sequence[str],
-    variants: Sequence[str],
-    choices: Sequence[TuningChoice] = (),
-) -> list[Item]:
-    """Returns all rows to measure, the most valuable first: Muon at each size in both frameworks.
-
-    Args:
-        choices: XLA options among them that are not applied yet are tried at the first size.
-    """
-    items = [
-        Item(size, variant, optimizer)
-        for optimizer, size, variant in itertools.product(optimizers, sizes, variants)
-        if variant == "jaxtrain" or optimizer in TORCH_OPTIMIZERS
-    ]
-    if "jaxtrain" in variants:
-        items.append(Item(sizes[-1], "jaxtrain", optimizers[0], "warm start"))
-        untried = [choice for choice in choices if choice.is_option and not choice.applied]
-        items += [Item(sizes[0], "jaxtrain", optimizers[0], choice.name) for choice in untried]
-    return items
-
-
 class GpuSuite:
-    """One run of the suite: the device, the deadline, and the micro-batch sizes found so far."""
+    """One run of the suite: the device, the deadline, and the fastest rows so far."""
 
     def __init__(
         self, args: argparse.Namespace, folder: Path, finished: Sequence[dict[str, Any]] = ()
     ):
         self._args, self._folder, self._finished = args, folder, finished
-        self._best_rows: dict[tuple[str, str], int] = {}  # by size and variant
+        self._fastest: dict[tuple[str, str], dict[str, Any]] = {}  # by size and variant
         self._taken_s: dict[tuple[str, str], float] = {}
         self._deadline_s = time.monotonic() + 60 * args.minutes
         self.chip: Chip | None = None
@@ -139,7 +110,7 @@ class GpuSuite:
         """Returns an item's job without its micro-batch size, and its config."""
         args = self._args
         tried = [c for c in tuning.choices_for(self.chip_name) if c.name == item.what]
-        trace = f"{args.trace}/{item}".replace(" ", "_") if args.trace else ""
+        trace = f"{args.trace}/{str(item).replace(' ', '_')}" if args.trace else ""
         job = BenchJob(
             "train",
             item.size,
@@ -163,67 +134,58 @@ class GpuSuite:
         """Returns the folder for what both frameworks compile for an item."""
         return self._folder / item.size / item.variant
 
-    def _known_rows(self, item: Item) -> list[dict[str, Any]]:
-        """Returns an item's rows of an earlier call: the first one, and that at half its size."""
-        names = f"{item.size} {item.optimizer}", item.variant, item.what
-        keys = "case", "variant", "what"
-        return [row for row in self._finished if tuple(row.get(key) for key in keys) == names]
+    def _known_row(self, item: Item) -> dict[str, Any] | None:
+        """Returns an item's row of an earlier call, or None."""
+        name = f"{item.size} {item.optimizer}", item.variant, item.what, item.half
+        for row in self._finished:
+            found = row.get("case"), row.get("variant"), row.get("what"), row.get("half", False)
+            if found == name:
+                return row
+        return None
 
-    def measure(self, item: Item) -> Iterator[dict[str, Any]]:
-        """Yields an item's row and, the first time for a size, one at half the micro-batch size.
+    def measure(self, item: Item) -> dict[str, Any] | None:
+        """Returns an item's row, or None if an earlier call has it or there is nothing to halve."""
+        key = item.size, item.variant
+        if item.half and self._fastest.get(key, {"rows": 1})["rows"] == 1:
+            return None
+        known = self._known_row(item)
+        row = known or self._measure_new(item)
+        best = self._fastest.get(key, {"tokens_per_s": 0.0})["tokens_per_s"]
+        if item.what == "step" and row.get("tokens_per_s", 0.0) > best:
+            self._fastest[key] = row
+        return None if known else row
 
-        Rows of an earlier call are not measured again, and not yielded.
-        """
+    def _measure_new(self, item: Item) -> dict[str, Any]:
+        """Returns an item's row: measured, or why it is not."""
+        args, key = self._args, (item.size, item.variant)
         job, cfg = self._build_job(item)
-        key, known = (item.size, item.variant), self._known_rows(item)
         memory_cfg = cfg if item.variant == "jaxtrain" else like_torch(cfg)
-        torch_s = TORCH_COMPILE_LAYER_S * cfg.model.L if item.variant == "pytorch" else 0.0
-        guess_s = START_S + COMPILE_S + torch_s + self._args.seconds + 4 * STEP_S
-        expected_s = self._taken_s.get(key, 0.0 if self._args.tiny else guess_s)
-
-        def attempt(rows: int) -> dict[str, Any]:
-            return self._run_child(item.variant, dataclasses.replace(job, rows=rows))
-
-        def not_measured() -> dict[str, Any]:
+        guess_s = guess_seconds(item.variant, cfg.model, self.chip_name, args.seconds)
+        expected_s = self._taken_s.get(key, 0.0 if args.tiny else guess_s)
+        rows = self._fastest[key]["rows"] if key in self._fastest else 0
+        if self._left_s < expected_s:
             reason = f"it would take about {expected_s:.0f} s; {self._left_s:.0f} s are left"
-            return {"error": f"not measured: {reason}", "unfinished": True}
-
-        if known:
-            result, rows = known[0], known[0]["rows"]
-        elif self._left_s < expected_s:
-            yield self._row(item, cfg, 0, not_measured())
-            return
-        elif self._args.rows > job.batch:
-            error = f"--rows must be at most {job.batch}, the sequences of a step; got "
-            yield self._row(item, memory_cfg, 0, {"error": f"{error}{self._args.rows}"})
-            return
-        else:
-            if key not in self._best_rows:  # an interrupted child may have left half a cache
-                shutil.rmtree(self._cache(item), ignore_errors=True)
-            elif item.what == "warm start" and not self._cache(item).exists():
+            row = self._row(item, cfg, 0, {"error": f"not measured: {reason}"})
+            return row | {"unfinished": True}
+        error = ""
+        if args.rows > job.batch:
+            error = f"--rows must be at most {job.batch}, the sequences of a step; got {args.rows}"
+        elif item.what == "warm start" and not (rows and self._cache(item).exists()):
+            error = "not measured: the step that fills the compile cache failed"
+            if rows:
                 error = "not measured: the compile cache of the earlier call is missing"
-                yield self._row(item, memory_cfg, 0, {"error": error})
-                return
-            tokens: Any = tuning.hint(
-                self.chip_name, "micro_batch_tokens", DEFAULT_MICRO_BATCH_TOKENS
-            )
-            rows = self._args.rows or self._best_rows.get(key)
-            rows = rows or first_rows(memory_cfg, job.usable_bytes, tokens)
-            start_s = time.monotonic()
-            result, rows = halve_until_it_fits(attempt, rows)
-            self._taken_s[key] = time.monotonic() - start_s
-            yield self._row(item, memory_cfg, rows, result)
-        if key in self._best_rows or "error" in result:
-            return
-        self._best_rows[key] = rows
-        if rows > 1 and not self._args.tiny and not self._args.rows:
-            half = known[1] if known[1:] else None
-            if half is None:
-                enough = self._left_s > expected_s
-                half = attempt(rows // 2) if enough else not_measured()
-                yield self._row(item, memory_cfg, rows // 2, half)
-            if half.get("tokens_per_s", 0) > result["tokens_per_s"]:
-                self._best_rows[key] = rows // 2
+        if error:
+            return self._row(item, memory_cfg, 0, {"error": error})
+        if not rows:  # an interrupted child may have left half a cache
+            shutil.rmtree(self._cache(item), ignore_errors=True)
+            name = "micro_batch_tokens"
+            tokens: Any = tuning.hint(self.chip_name, name, DEFAULT_MICRO_BATCH_TOKENS)
+            rows = args.rows or first_rows(memory_cfg, job.usable_bytes, tokens)
+        start_s = time.monotonic()
+        attempt = lambda rows: self._run_child(item.variant, dataclasses.replace(job, rows=rows))
+        result, rows = halve_until_it_fits(attempt, rows // 2 if item.half else rows)
+        self._taken_s[key] = time.monotonic() - start_s
+        return self._row(item, memory_cfg, rows, result)
 
     def _row(
         self, item: Item, memory_cfg: TrainConfig, rows: int, result: dict[str, Any]
@@ -237,6 +199,7 @@ class GpuSuite:
             result = {"error": f"out of memory: {result['oom']}"}
         row: dict[str, Any] = {"suite": "gpu", "case": f"{item.size} {item.optimizer}"}
         row |= {"variant": item.variant, "what": item.what, "rows": rows, **result}
+        row |= {"half": True} if item.half else {}
         if rows:
             cfg = dataclasses.replace(memory_cfg, accumulation=memory_cfg.data.batch // rows)
             row["formula_bytes"] = estimate_memory(cfg, 1).peak
@@ -282,17 +245,19 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         else:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
         suite, rows = GpuSuite(args, Path(folder), args.finished), list(args.finished)
-        device_row, compared = suite.measure_device(), set()
+        device_row, ratios = suite.measure_device(), {}
         if device_row not in rows:
             yield stamp(device_row, args.tiny)
         if "error" in device_row:
             return
         choices = tuning.choices_for(suite.chip_name)
-        for item in build_items(sizes, optimizers, args.variants or VARIANTS, choices):
-            for row in suite.measure(item):
+        variants, halves = args.variants or VARIANTS, not (args.tiny or args.rows)
+        for item in build_items(sizes, optimizers, variants, choices, halves):
+            row = suite.measure(item)
+            if row is not None:
                 rows.append(row)
                 yield stamp(row, args.tiny)
             ratio = ratio_row(rows, item.size, item.optimizer)
-            if ratio and ratio["case"] not in compared:
-                compared.add(ratio["case"])
+            if ratio and ratio != ratios.get(ratio["case"]):
+                ratios[ratio["case"]] = ratio  # replaces the last one: see newest_ratios
                 yield stamp(ratio, args.tiny)

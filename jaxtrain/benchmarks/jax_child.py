@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,32 +122,45 @@ def time_optimizer(run: Run, state: TrainState) -> dict[str, Any]:
     return median_and_range("optimizer", times_s[SKIPPED_UPDATES:]) | {"optimizer_host_s": launch_s}
 
 
-def train(job: BenchJob) -> dict[str, Any]:
-    """Returns the times and the memory of our step, and the optimizer's time; see time_steps."""
-    cfg = job_config(job)
-    start_runtime(cfg)
-    device = first_device(job)
-    jax_step = JaxStep(cfg, [device], job.options)
-    planned = peak_bytes(jax_step.step.compiled)
-    if job.usable_bytes and planned > job.usable_bytes:
-        return {"oom": f"the compiled step needs {planned} bytes of {job.usable_bytes}"}
-    jax_step.init()
-    result = time_steps(job, cfg, jax_step.launch, float)
-    result |= {"compile_s": jax_step.step.compile_s, "planned_bytes": planned}
-    result["peak_bytes"] = (device.memory_stats() or {}).get("peak_bytes_in_use")
-    result["routes"] = {op: route.implementation for op, route in jax_step.run.routes.items()}
-    if job.trace:
+def trace_steps(job: BenchJob, cfg: TrainConfig, jax_step: JaxStep) -> dict[str, Any]:
+    """Stores a trace of two steps; returns the device's idle share in it, or why there is none."""
+    try:
         tokens = zipf_tokens(0, job.batch, cfg.data.seq_len, cfg.model.V)
         with jax.profiler.trace(job.trace):
             jax.block_until_ready([jax_step.launch(tokens) for _ in range(TRACED_STEPS)])
         causes = find_causes(Program(jax_step.step.compiled.as_text()))
         write_atomic(Path(job.trace) / CAUSES, strict_json(causes))
         traced = read_trace(find_traces(job.trace)[0])
-        result["idle_share"] = traced.devices[0].idle_share
-    assert jax_step.state is not None
-    result |= time_optimizer(jax_step.run, jax_step.state)
+        return {"idle_share": traced.devices[0].idle_share}
+    except Exception as error:  # of any kind: the steps are measured, the optimizer comes next
+        return {"no_trace": f"{type(error).__name__}: {error}"[:300]}
+
+
+def train(job: BenchJob) -> Iterator[dict[str, Any]]:
+    """Yields the times and the memory of our step, also with the optimizer's time; see time_steps.
+
+    The figures of the step come first: a trace can take long to read, and the optimizer's program
+    needs memory of its own.
+    """
+    cfg = job_config(job)
+    start_runtime(cfg)
+    device = first_device(job)
+    jax_step = JaxStep(cfg, [device], job.options)
+    planned = peak_bytes(jax_step.step.compiled)
+    if job.usable_bytes and planned > job.usable_bytes:
+        yield {"oom": f"the compiled step needs {planned} bytes of {job.usable_bytes}"}
+        return
+    jax_step.init()
+    result = time_steps(job, cfg, jax_step.launch, float)
+    result |= {"compile_s": jax_step.step.compile_s, "planned_bytes": planned}
+    result["peak_bytes"] = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    result["routes"] = {op: route.implementation for op, route in jax_step.run.routes.items()}
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
-    return result | {"versions": versions}
+    yield (result := result | {"versions": versions})
+    if job.trace:
+        yield (result := result | trace_steps(job, cfg, jax_step))
+    assert jax_step.state is not None
+    yield result | time_optimizer(jax_step.run, jax_step.state)
 
 
 def train_losses(job: BenchJob) -> dict[str, Any]:

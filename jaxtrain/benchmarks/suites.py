@@ -14,6 +14,7 @@ from jaxtrain.benchmarks import (
     data_loading,
     dispatch,
     first_step,
+    gpu_items,
     gpu_results,
     gpu_training,
     loss_parity,
@@ -41,9 +42,9 @@ CHOICES = {
         "variants": optimizer.VARIANTS,
     },
     "gpu": {
-        "sizes": gpu_training.SIZES,
-        "optimizers": gpu_training.OPTIMIZERS,
-        "variants": gpu_training.VARIANTS,
+        "sizes": gpu_items.SIZES,
+        "optimizers": gpu_items.OPTIMIZERS,
+        "variants": gpu_items.VARIANTS,
     },
     "transfer": {
         "sizes": tuple(transfer.SERIES),
