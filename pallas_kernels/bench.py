@@ -18,10 +18,12 @@ product reach on the same GPU in the same run.
 
 A plan of the minutes comes first: how many contests there are, their limits, and which surely fit.
 Each contest runs in a child process, so a kernel that hangs or crashes costs only its own row.
-Results are written after every contest. When the time is up, bench lists the contests that it did
-not measure; --resume with the same --out measures them. A contest that was killed at its time limit
-runs again only if --only names it. --save replaces only the rows, of the installed JAX, whose
-contests have results.
+Results are written after every contest. No contest starts in less time than the longest one so far
+took (30 s before the first). When the time is up, bench lists the contests that it did not measure;
+--resume with the same --out measures them, also one that was cut. A contest that was killed at its
+time limit runs again only if --only names it. --save changes only rows of the installed JAX: a
+finished contest replaces its row, and one in which our kernel is wrong, or that crashed or hung,
+removes it. What a cut contest has measured is stored in --out only.
 """
 
 import contextlib
@@ -31,7 +33,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,48 +43,33 @@ from pallas_kernels.bench_plan import (
     CONTEST_S,
     Job,
     choose_contests,
-    mark_hung,
+    count_jobs,
+    needed_s,
     open_jobs,
     plan_lines,
 )
-from pallas_kernels.bench_results import format_device, format_results, merge_rows
+from pallas_kernels.bench_results import (
+    format_device,
+    format_results,
+    join_results,
+    mark_cut,
+    mark_hung,
+    merge_rows,
+    read_results,
+)
 from pallas_kernels.child_process import exit_on_sigterm
 from pallas_kernels.contest import Contest
 from pallas_kernels.contest_child import ContestJob, contests_of
 from pallas_kernels.contest_process import Child
 from pallas_kernels.kernel_choice import TUNED, minor_series, read_rows
-from pallas_kernels.result_files import find_commit, lock_file, read_object, write_json
-
-
-def _read_results(args: Namespace) -> dict[str, Any]:
-    """Returns the results in --out that --resume continues, or empty ones.
-
-    Raises:
-        ValueError: the file has no results of bench, or only one of them and this call is a trial.
-    """
-    if not (args.resume and args.out.exists()):
-        return {"contests": {}}
-    try:
-        results = read_object(args.out)
-        if not all(isinstance(result, dict) for result in results["contests"].values()):
-            raise ValueError("its contests must be JSON objects")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"--resume must continue results of bench; got {args.out}: {type(error).__name__} "
-            f"{error}. Set another --out."
-        ) from None
-    if "device" in results and ("trial" in results) != args.tiny:
-        kinds = ("measurement", "trial") if args.tiny else ("trial", "measurement")
-        text = "--resume: {} is a {}, which a {} cannot continue. Set another --out."
-        raise ValueError(text.format(args.out, *kinds))
-    return results
+from pallas_kernels.result_files import find_commit, lock_file, write_json
 
 
 class Bench:
     """One run of the bench; the GPU is used only by its children.
 
     Raises:
-        ValueError: see _read_results; or the table that --save changes is damaged.
+        ValueError: see read_results; or the table that --save changes is damaged.
     """
 
     def __init__(self, args: Namespace, folder: Path, show: Callable[[str], None]):
@@ -90,7 +77,7 @@ class Bench:
         self._until = time.monotonic() + 60 * args.minutes
         self._children: list[Child] = []
         self._commit = find_commit()  # of this call: a later one may continue at another
-        self.results = _read_results(args)
+        self.results = read_results(args.out if args.resume else None, args.tiny)
         if args.save:
             read_rows(TUNED)
 
@@ -140,40 +127,46 @@ class Bench:
             self._show(f"{name}: {stored[name].get('tuning_error') or stored[name]['error']}")
         for line in plan_lines(jobs, self._left_s() / 60):
             self._show(line)
-        self._write(contests)
+        self._write(contests, jobs)
         hung.clear()  # from here on: those of this call
+        left, taken_s = list(jobs), []
         waiting = self._start(jobs[0]) if jobs else None
         for i, job in enumerate(jobs):
             child, waiting = waiting, self._start(jobs[i + 1]) if i + 1 < len(jobs) else None
             name = job.contest.name
-            if child is None or self._left_s() < 0 or name in hung:
-                what = "tuned" if job.tune else "measured"
-                why = "it hung" if name in hung else f"the {args.minutes:g} minutes are up"
-                self._show(f"{name}: not {what}, {why}")
+            why = "it hung" if name in hung else self._why_no_time(needed_s(taken_s))
+            if child is None or why:
+                self._show(f"{name}: not {'tuned' if job.tune else 'measured'}, {why}")
                 if child:
                     child.process.kill()
                 continue
-            result = self._run_job(job, child)
-            hung |= {name} if "hung" in result else set()
-            stored[name] = result
+            start_s = time.monotonic()
+            result = stored[name] = self._run_job(job, child)
+            taken_s.append(time.monotonic() - start_s)
+            if "hung" in result:
+                hung.add(name)
+            if "cut" not in result:
+                left.remove(job)
             self._show("\n".join(format_results(job.contest, result, self.results, args.tiny)))
-            self._write(contests)
+            self._write(contests, left)
+
+    def _why_no_time(self, needed_s: float) -> str:
+        """Returns why no contest can start that needs some time; "" if it can."""
+        left_s, minutes = self._left_s(), f"the {self._args.minutes:g} minutes"
+        if left_s <= 0:
+            return f"{minutes} are up"
+        return f"only {left_s:.0f} s of {minutes} are left" if left_s < needed_s else ""
 
     def _run_job(self, job: Job, child: Child) -> dict[str, Any]:
         """Returns the contest's result: of one that was measured before, together with that."""
-        before = dict(self.results["contests"].get(job.contest.name, {}))
-        before.pop("hung", None)
         limit_s, left_s = job.limit_s, max(self._left_s(), 1.0)
         result = child.run(min(limit_s, left_s))
         if child.was_killed and limit_s <= left_s:
             result = mark_hung(result, limit_s, self._commit)
-        if "error" in result and before.get("done"):
-            hung = {"hung": result["hung"]} if "hung" in result else {}
-            return before | hung | {"tuning_error": result["error"]}
-        if job.tune:
-            earlier = before.get("contestants", {})
-            result["contestants"] = earlier | result.get("contestants", {})
-        return result | {"date": self.results["date"], "commit": self._commit}
+        elif child.was_killed:
+            result = mark_cut(result, left_s)
+        result |= {"date": self.results["date"], "commit": self._commit}
+        return join_results(self.results["contests"].get(job.contest.name, {}), result, job.tune)
 
     def _start_child(self, job: ContestJob) -> Child:
         self._children.append(Child(job, self._folder))
@@ -184,7 +177,8 @@ class Bench:
             return None
         return self._start_child(ContestJob(job.contest.name, job.tune_s, self._args.tiny))
 
-    def _write(self, contests: list[Contest]) -> None:
+    def _write(self, contests: list[Contest], left: Sequence[Job]) -> None:
+        self.results["left"] = count_jobs(left)
         if self._args.out:
             write_json(self._args.out, self.results)
         if self._args.save:
@@ -236,7 +230,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
         "--minutes",
         type=positive(float),
         default=10.0,
-        help="no contest starts after this many minutes; default: 10",
+        help="how long contests may run; default: 10",
     )
     parser.add_argument(
         "--tune", action="store_true", help="also try a short list of each kernel's tile sizes"

@@ -10,6 +10,7 @@ from pallas_kernels.search_space import SHORTLIST
 TUNED_OPS = tuple(SHORTLIST["sm_86"])
 CONTEST_S = 150.0  # a contest without tuning is killed after this time
 TUNE_S = 60.0  # for the tiles of one contest, besides
+FIRST_S = 30.0  # the first contest of a call starts only if as much is left
 
 
 def choose_contests(contests: list[Contest], only: list[str] | None) -> list[Contest]:
@@ -70,13 +71,19 @@ def open_jobs(
     return [job for job in jobs if not is_done(job, stored.get(job.contest.name, {}), again)]
 
 
-def mark_hung(result: dict[str, Any], limit_s: float, commit: str) -> dict[str, Any]:
-    """Returns the result of a contest that used its whole limit, which names it as hung."""
-    error = (
-        f"hung: killed after all of its {limit_s:g} s, at commit {commit[:7]}. It is run again "
-        "only if --only names it"
-    )
-    return result | {"hung": {"limit_s": limit_s, "commit": commit}, "error": error}
+def needed_s(taken_s: Sequence[float]) -> float:
+    """Returns the time without which no contest starts: as much as the longest so far took."""
+    return max(taken_s, default=FIRST_S)
+
+
+def count_jobs(jobs: Sequence[Job]) -> list[str]:
+    """Returns how many of the jobs are at the default tiles and how many tune, as texts."""
+    defaults = sum(not job.tune for job in jobs)
+    texts = {
+        f"{defaults} contest{'s at their' if defaults > 1 else ' at its'} default tiles": defaults,
+        f"{len(jobs) - defaults} to tune": len(jobs) - defaults,
+    }
+    return [text for text, count in texts.items() if count]
 
 
 def plan_lines(jobs: Sequence[Job], minutes: float) -> list[str]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.benchmarks.first_day_results import find_problems
+from jaxtrain.benchmarks.first_day_results import find_left, find_problems
 from jaxtrain.model.attention import ATTENTION as ATTENTION_ROUTES
 from pallas_kernels import bench, bench_plan, contest_process
 from pallas_kernels.bench_results import IN_TRAINING, as_row
@@ -174,10 +174,35 @@ def test_a_kernel_that_hangs_crashes_or_is_wrong_costs_only_its_own_row(
     assert f"not finished: {hung}" in capsys.readouterr().out
 
 
-def test_a_contest_that_the_calls_deadline_cut_is_not_called_hung(monkeypatch, tmp_path):
+def test_a_contest_that_the_calls_deadline_cut_is_not_called_hung(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench.Bench, "_left_s", lambda self: 1.0)
+    monkeypatch.setattr(bench_plan, "FIRST_S", 0.5)
     contests = run_fake(monkeypatch, tmp_path, names=(DOCUMENTS,))
-    assert contests[DOCUMENTS]["error"] == "killed after 1 s" and "hung" not in contests[DOCUMENTS]
+    result = contests[DOCUMENTS]
+    assert result["cut"] == "cut after 1 s, when the minutes were up"
+    assert "hung" not in result and "error" not in result and "xla" in result["contestants"]
+    assert "not finished: cut after 1 s" in capsys.readouterr().out
+    results = [json.loads((tmp_path / "results.json").read_text())]
+    assert not find_problems(results)  # the next slice measures it
+    assert find_left(results) == ["1 contest at its default tiles"]
+
+
+@pytest.mark.parametrize("left_s, measured", [(31.0, 2), (29.0, 0)])
+def test_no_contest_starts_in_less_time_than_contests_take(
+    left_s, measured, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(bench.Bench, "_left_s", lambda self: left_s)
+    contests = run_fake(monkeypatch, tmp_path, "--minutes=7", names=(NORM, ATTENTION))
+    assert len(contests) == measured
+    why = f"{NORM}: not measured, only 29 s of the 7 minutes are left"
+    assert (why in capsys.readouterr().out) == (not measured)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["left"] == ([] if measured else ["2 contests at their default tiles"])
+
+
+def test_the_time_that_a_contest_needs_is_that_of_the_longest_one_so_far():
+    assert bench_plan.needed_s([]) == bench_plan.FIRST_S == 30.0
+    assert bench_plan.needed_s([18.0, 21.0, 12.0]) == 21.0
 
 
 @pytest.mark.long

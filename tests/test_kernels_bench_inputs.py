@@ -147,14 +147,33 @@ def test_saving_some_contests_keeps_the_rows_of_the_others():
         ROW | {"op": "square"},  # not measured now
         ROW | {"window": 512},  # not measured now
     ]
-    right = {"contestants": {"triton": timed(1.0, tiles=None), "xla": timed(2.0)}}
-    wrong = {"contestants": {"triton": "wrong", "xla": timed(2.0)}}
+    right = {"contestants": {"triton": timed(1.0, tiles=None), "xla": timed(2.0)}, "done": True}
+    wrong = {"contestants": {"triton": "wrong", "xla": timed(2.0)}, "done": True}
     results = {"chip": "h100", "jax": "0.11.7", "contests": {"norm": right, "norm 2": wrong}}
     results |= {"command": ["python"], "date": "2026-02-02"}
     rows = merge_rows(old, contests, results)
     assert rows[:-1] == [old[1], *old[3:]]
     assert rows[-1]["jax"] == "0.11.7" and rows[-1]["shape"] == (768,)
     assert rows[-1]["date"] == "2026-02-02" and rows[-1]["command"] == "python"
+
+
+OURS_AND_XLA = {"triton": timed(4.0, tiles=None), "xla": timed(3.0)}
+ENDINGS = {  # of a contest whose fastest body, Mosaic's, has no time; and whether the row stays
+    "cut before our kernel": ({"contestants": {"xla": timed(3.0)}, "cut": "after 9 s"}, True),
+    "cut before Mosaic's body": ({"contestants": OURS_AND_XLA, "cut": "after 9 s"}, True),
+    "crashed": ({"contestants": OURS_AND_XLA, "error": "exit status -6"}, False),
+    "hung": ({"contestants": OURS_AND_XLA, "error": "hung", "hung": {"limit_s": 150}}, False),
+    "no rival has a time": ({"contestants": {"triton": timed(4.0)}, "done": True}, True),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_contest_that_was_not_finished_adds_no_row_and_a_cut_one_removes_none(ending):
+    result, stays = ENDINGS[ending]
+    results = {"chip": "h100", "jax": "0.11.7", "contests": {"norm": result}}
+    results |= {"command": ["python"], "date": "2026-02-02"}
+    contest = CONTESTS[NORM]._replace(name="norm", shape=(768,))
+    assert merge_rows([ROW], [contest], results) == [ROW] * stays
 
 
 def test_a_damaged_table_is_an_error_before_anything_is_measured(tmp_path, monkeypatch):
