@@ -145,7 +145,7 @@ class Bench:
             taken_s.append(time.monotonic() - start_s)
             if "hung" in result:
                 hung.add(name)
-            if "cut" not in result:
+            if "cut" not in result and not (job.tune and result.get("untried")):
                 left.remove(job)
             self._show("\n".join(format_results(job.contest, result, self.results, args.tiny)))
             self._write(contests, left)
@@ -175,7 +175,9 @@ class Bench:
     def _start(self, job: Job) -> Child | None:
         if self._left_s() < 0:
             return None
-        return self._start_child(ContestJob(job.contest.name, job.tune_s, self._args.tiny))
+        name = job.contest.name
+        tried = self.results["contests"].get(name, {}).get("tried", {})
+        return self._start_child(ContestJob(name, job.tune_s, self._args.tiny, tried))
 
     def _write(self, contests: list[Contest], left: Sequence[Job]) -> None:
         self.results["left"] = count_jobs(left)

@@ -56,7 +56,8 @@ def is_done(job: Job, result: dict[str, Any], again: bool) -> bool:
         return True
     if "hung" in result and not again:
         return True
-    return bool(result.get("done")) and (not job.tune or "tried" in result)
+    is_tuned = "tried" in result and not result.get("untried")
+    return bool(result.get("done")) and (is_tuned or not job.tune)
 
 
 def open_jobs(

@@ -55,10 +55,12 @@ def mark_cut(result: dict[str, Any], seconds: float) -> dict[str, Any]:
 def join_results(before: dict[str, Any], result: dict[str, Any], tune: bool) -> dict[str, Any]:
     """Returns a contest's result together with what was measured before.
 
-    If a finished contest could not be tuned, its result stays, with the reason.
+    If the tuning of a finished contest did not end, its result stays, with the reason and the tiles
+    that were tried.
     """
     if before.get("done") and not result.get("done"):
-        ending = {key: result[key] for key in ("hung", "cut") if key in result}
+        new = ("hung", "cut", "tried", "untried")
+        ending = {key: result[key] for key in new if key in result}
         error = {"tuning_error": result["error"]} if "error" in result else {}
         old = ("hung", "cut", "tuning_error")
         return {key: value for key, value in before.items() if key not in old} | ending | error
@@ -184,6 +186,8 @@ def format_results(
         )
     for name, seconds in result.get("tried", {}).items():
         yield f"    {name:40} {seconds if isinstance(seconds, str) else f'{seconds * 1e6:.1f} us'}"
+    if untried := result.get("untried"):
+        yield f"    not tried yet: {', '.join(untried)}"
     cut = "tuned" if result.get("done") else "finished"
     for key, what in (("error", "finished"), ("tuning_error", "tuned"), ("cut", cut)):
         if key in result:

@@ -3,12 +3,14 @@
     python -m pallas_kernels.contest_child JOB.json RESULT.json
 
 It waits for a line on stdin before it uses the GPU's time, so that its imports overlap with the
-contest before it. The implementations that are known to work come first. The result file is
-replaced after each of them, so a kernel that hangs or crashes costs only its own row.
+contest before it. The line has the seconds after which it will be killed. The implementations that
+are known to work come first. The result file is replaced after each of them, so a kernel that hangs
+or crashes costs only its own row.
 """
 
 import dataclasses
 import functools
+import math
 import os
 import sys
 import time
@@ -33,6 +35,8 @@ from pallas_kernels.torch_contests import measure_torch
 # inputs in turn, so that none of them stays in the L2 cache.
 Compiled = Callable[[], list[Any]]
 CLEARLY = 0.99  # a candidate replaces the best tiles if it takes less than this share of their time
+TOGETHER = "the fastest of all kernels together"  # the last of `untried`
+GROUP = 4  # candidates that are compiled at the same time, and timed before the next are compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,8 @@ class ContestJob:
     # defaults. Otherwise that has been done before, and only ours are measured again.
     tune_s: float = 0.0
     tiny: bool = False  # interprets the kernels at tiny shapes
+    # {candidate: seconds, or why there is no time}, of the shortlist: from earlier tuning
+    tried: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def contests_of(tiny: bool) -> list[Contest]:
@@ -132,45 +138,74 @@ def _seconds(result) -> float:
     return result["median_s"] if isinstance(result, dict) else float("inf")
 
 
-def tune(run: ContestRun, arch: str, best: dict[str, Any], until: float) -> OpTiles | None:
+def tune(
+    run: ContestRun,
+    arch: str,
+    best: dict[str, Any],
+    *,
+    until: float,
+    deadline: float,
+    group_s: float,
+) -> OpTiles | None:
     """Returns the tiles of each kernel that were fastest, found one kernel at a time.
 
+    Candidates that run.results["tried"] has are not tried again. Those for which there was no time
+    stay in run.results["untried"], of which the last is TOGETHER until the caller removes it.
+
     Args:
-        best: the result of the fastest body at its default tiles.
-        until: the value of time.monotonic() after which no candidate is measured.
+        best: the result of the fastest body without tuning.
+        until: the value of time.monotonic() after which no group of candidates starts.
+        deadline: that at which this process is killed. The last group ends so early that the
+            fastest tiles of all kernels can be compiled and timed together.
+        group_s: how long a group probably takes.
     """
-    candidates = {}
+    candidates = {}  # name -> (kernel, tiles, tiles of all kernels)
     for kernel, tiles in shortlist(run.contest.op, arch):
-        name = f"{kernel} {body_of(tiles)} {describe_tiles(tiles)}"
-        candidates[name] = kernel, tiles, replace_tiles(best["tiles"], kernel, tiles)
-    functions = {
-        name: run.contest.kernel(all_tiles) for name, (*_, all_tiles) in candidates.items()
-    }
+        all_tiles = replace_tiles(best["tiles"], kernel, tiles)
+        if all_tiles != best["tiles"]:
+            name = f"{kernel} {body_of(tiles)} {describe_tiles(tiles)}"
+            candidates[name] = kernel, tiles, all_tiles
     tried = run.results["tried"]
+    untried = run.results["untried"] = [n for n in candidates if n not in tried] + [TOGETHER]
+    run.save()
+    while group := [name for name in untried[:GROUP] if name != TOGETHER]:
+        start_s = time.monotonic()
+        if start_s > until or start_s + 2 * group_s > deadline:
+            break
+        functions = {name: run.contest.kernel(candidates[name][2]) for name in group}
+        for name, compiled in run.compile_all(functions).items():
+            result = run.measure(compiled, ours=True, samples=10)
+            tried[name] = result if isinstance(result, str) else result["median_s"]
+            untried.remove(name)
+            run.save()
+        group_s = max(group_s, time.monotonic() - start_s)
     chosen = {}  # kernel -> (seconds, tiles)
-    compiled = run.compile_all(functions) if functions else {}
     for name, (kernel, tiles, _) in candidates.items():
-        if time.monotonic() > until:
-            tried[name] = "not tried: the time was up"
-            continue
-        result = run.measure(compiled[name], ours=True, samples=10)
-        tried[name] = result if isinstance(result, str) else result["median_s"]
-        if _seconds(result) < chosen.get(kernel, (CLEARLY * best["median_s"],))[0]:
-            chosen[kernel] = _seconds(result), tiles
-        run.save()
+        seconds = tried.get(name)
+        least_s, _ = chosen.get(kernel, (CLEARLY * best["median_s"], None))
+        if isinstance(seconds, float) and seconds < least_s:
+            chosen[kernel] = seconds, tiles
     all_tiles = best["tiles"]
     for kernel, (_, tiles) in chosen.items():
         all_tiles = replace_tiles(all_tiles, kernel, tiles)
     return all_tiles
 
 
-def run_contest(job: ContestJob, save: Callable[[dict[str, Any]], None]) -> None:
-    """Runs a job's contest; calls `save` with all results so far after each contestant."""
+def run_contest(
+    job: ContestJob, save: Callable[[dict[str, Any]], None], limit_s: float = math.inf
+) -> None:
+    """Runs a job's contest; calls `save` with all results so far after each contestant.
+
+    Args:
+        limit_s: the seconds from now after which this process is killed.
+    """
+    start_s = time.monotonic()
     arch = "sm_86" if job.tiny else detect_chip().arch
     (contest,) = (c for c in contests_of(job.tiny) if c.name == job.name)
     run, default = ContestRun(contest, save), bodies(contest, arch, job.tiny)
     kernels = {body: contest.kernel(tiles) for body, tiles in default.items()}
     others = {} if job.tune_s else contest.others
+    compile_s = time.monotonic()
     compiled = run.compile_all(others | kernels)
     for name in others:
         run.record(name, run.measure(compiled[name], ours=False))
@@ -186,12 +221,22 @@ def run_contest(job: ContestJob, save: Callable[[dict[str, Any]], None]) -> None
         record_ours(body, compiled[body], tiles)
     best = min((run.results["contestants"][body] for body in default), key=_seconds)
     if job.tune_s:  # stored also without a correct kernel, so that --resume does not try again
-        run.results["tried"] = {}
+        run.results |= {"tried": dict(job.tried), "untried": []}
     if job.tune_s and not isinstance(best, str):
-        tiles = tune(run, arch, best, time.monotonic() + job.tune_s)
+        now_s = time.monotonic()
+        tiles = tune(
+            run,
+            arch,
+            best,
+            until=now_s + job.tune_s,
+            deadline=start_s + limit_s,
+            group_s=now_s - compile_s,  # as long as the bodies without tuning took
+        )
         if tiles != best["tiles"]:
             (tuned,) = run.compile_all({"tuned": contest.kernel(tiles)}).values()
             record_ours("tuned", tuned, tiles)
+        if run.results["untried"] == [TOGETHER]:
+            run.results["untried"] = []
     run.results["done"] = True
     run.save()
 
@@ -199,10 +244,12 @@ def run_contest(job: ContestJob, save: Callable[[dict[str, Any]], None]) -> None
 def main(argv: Sequence[str]) -> None:
     job = ContestJob(**read_object(Path(argv[1])))
     jax.devices()  # starts CUDA
-    if not sys.stdin.readline():
+    line = sys.stdin.readline()
+    if not line:
         return  # the parent ended
     if job.name:
-        run_contest(job, lambda results: write_json(Path(argv[2]), results))
+        save = lambda results: write_json(Path(argv[2]), results)
+        run_contest(job, save, limit_s=float(line))
     else:
         write_json(Path(argv[2]), describe_device(job.tiny))
 

@@ -33,7 +33,7 @@ class Child:
 
     def run(self, limit_s: float) -> dict[str, Any]:
         """Lets the child do its job. Returns its result, with "error" if it did not finish."""
-        self.process.send_line()
+        self.process.send_line(str(limit_s))
         status = self.process.wait(limit_s)
         path, result, error = self._folder / "result.json", {}, ""
         try:

@@ -20,7 +20,10 @@ if "half" in job["name"] or "list" in job["name"]:
     path.write_text('{"contestants": {' if "half" in job["name"] else "[]")
     sys.exit()
 contestants = {"xla": timed | {"median_s": 2e-3}}
-path.write_text(json.dumps({"contestants": contestants}))
+result = {"contestants": contestants}
+if job["tune_s"]:
+    result |= {"tried": job["tried"] | {"forward b": 1e-3}, "untried": []}
+path.write_text(json.dumps(result))
 if "chatty" in job["name"]:
     print("x" * 10_000_000, "\nthe last line", flush=True)
     sys.exit(7)
@@ -32,4 +35,4 @@ if "square" in job["name"]:
     contestants["triton"] = "wrong: result 0 is 0.5 from float64, at most 0.003 is allowed"
 else:
     contestants["triton"] = timed | {"tiles": None}
-path.write_text(json.dumps({"contestants": contestants, "done": True}))
+path.write_text(json.dumps(result | {"done": True}))

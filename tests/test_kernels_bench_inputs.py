@@ -85,8 +85,8 @@ def test_an_interrupted_bench_ends_all_its_children(number, monkeypatch, tmp_pat
             super().__init__(*args)
             started.append(self._process)
 
-        def send_line(self):
-            super().send_line()
+        def send_line(self, text):
+            super().send_line(text)
             if len(started) == 3:  # the device's, the hanging one and the one that waits
                 threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
 
