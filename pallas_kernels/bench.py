@@ -6,8 +6,10 @@
     JAX_PLATFORMS=cpu python -m pallas_kernels.bench --tiny      # a trial on any machine
 
 --save writes pallas_kernels/tuned/CHIP.json, which training reads: where a kernel was faster, runs
-with similar shapes use it. --tune also tries a short list of tile sizes for each kernel. --tiny
-interprets the kernels at tiny shapes, to check that everything runs; its times mean nothing.
+with similar shapes use it. A contest times each body of our kernel at its default tile sizes, and
+at those that the table has (stored). --tune also tries a short list for each kernel, and times the
+best together (tuned). --tiny interprets the kernels at tiny shapes, to check that everything runs;
+its times mean nothing.
 
 Before a kernel is timed, its results on random data are compared with float64, at the tolerances of
 the tests, and a second call must give the same bits. A kernel that fails this is reported, and not
@@ -69,7 +71,7 @@ class Bench:
     """One run of the bench; the GPU is used only by its children.
 
     Raises:
-        ValueError: see read_results; or the table that --save changes is damaged.
+        ValueError: see read_results; or the table is damaged.
     """
 
     def __init__(self, args: Namespace, folder: Path, show: Callable[[str], None]):
@@ -78,8 +80,7 @@ class Bench:
         self._children: list[Child] = []
         self._commit = find_commit()  # of this call: a later one may continue at another
         self.results = read_results(args.out if args.resume else None, args.tiny)
-        if args.save:
-            read_rows(TUNED)
+        read_rows(TUNED)  # the children read it too
 
     def _left_s(self) -> float:
         return self._until - time.monotonic()

@@ -8,7 +8,9 @@ from pallas_kernels.contest import Contest
 from pallas_kernels.kernel_choice import BenchRow, minor_series
 from pallas_kernels.result_files import read_object
 
-OURS = ("triton", "mosaic", "tuned")  # names of our kernel's contestants
+# Names of our kernel's contestants: bodies at their default tiles, and the op at the tiles of the
+# table, and at the best that --tune found.
+OURS = ("triton", "mosaic", "stored", "tuned")
 # The others that jaxtrain.ops.routes can choose in place of a kernel.
 IN_TRAINING = ("xla", "cudnn")
 

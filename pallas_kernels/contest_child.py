@@ -25,6 +25,7 @@ from pallas_kernels.chip import detect_chip
 from pallas_kernels.contest import Contest
 from pallas_kernels.contests import TINY, Sizes, build_contests
 from pallas_kernels.correctness import SEEDS, compare, exact_results
+from pallas_kernels.kernel_choice import choose_body
 from pallas_kernels.result_files import read_object, write_json
 from pallas_kernels.search_space import default_bodies, shortlist
 from pallas_kernels.tiles import OpTiles, body_of, describe_tiles, replace_tiles
@@ -44,8 +45,8 @@ class ContestJob:
     """The work of one child."""
 
     name: str = ""  # of the contest; "" only measures the device
-    # Time for trying the shortlist of tiles. With 0 ours and the others are measured at their
-    # defaults. Otherwise that has been done before, and only ours are measured again.
+    # Time for trying the shortlist of tiles. With 0 ours and the others are measured without it.
+    # Otherwise that has been done before, and only ours are measured again.
     tune_s: float = 0.0
     tiny: bool = False  # interprets the kernels at tiny shapes
     # {candidate: seconds, or why there is no time}, of the shortlist: from earlier tuning
@@ -70,13 +71,28 @@ def describe_device(tiny: bool) -> dict[str, Any]:
     }
 
 
-def bodies(contest: Contest, arch: str, tiny: bool) -> dict[str, OpTiles | None]:
-    """Returns {body: the op's default tiles}; an op without tiles has one body, in Triton.
+def bodies(contest: Contest, arch: str, chip: str) -> dict[str, OpTiles | None]:
+    """Returns {body: tiles}: each body's default tiles, and "stored" where training uses others.
 
-    A trial leaves out Mosaic's bodies, whose smallest tiles are larger than its arrays.
+    An op without tiles has one body, in Triton. Without the stored tiles, a run at the defaults
+    would replace better ones in the table.
+
+    Args:
+        chip: a name of the chip table; "" for a trial, which leaves out Mosaic's bodies, whose
+            smallest tiles are larger than its arrays.
     """
     tiles = default_bodies(contest.op, arch, contest.shape)
-    return dict(zip(("triton",) if tiny else ("triton", "mosaic"), tiles, strict=False))
+    found = dict(zip(("triton", "mosaic") if chip else ("triton",), tiles, strict=False))
+    stored = choose_body(
+        contest.op,
+        arch,
+        chip,
+        "bfloat16",
+        contest.shape,
+        documents=contest.documents,
+        window=contest.window,
+    ).tiles
+    return found | ({} if stored in tiles else {"stored": stored})
 
 
 class ContestRun:
@@ -200,10 +216,10 @@ def run_contest(
         limit_s: the seconds from now after which this process is killed.
     """
     start_s = time.monotonic()
-    arch = "sm_86" if job.tiny else detect_chip().arch
+    arch, chip = ("sm_86", "") if job.tiny else (detect_chip().arch, detect_chip().name)
     (contest,) = (c for c in contests_of(job.tiny) if c.name == job.name)
-    run, default = ContestRun(contest, save), bodies(contest, arch, job.tiny)
-    kernels = {body: contest.kernel(tiles) for body, tiles in default.items()}
+    run, own = ContestRun(contest, save), bodies(contest, arch, chip)
+    kernels = {body: contest.kernel(tiles) for body, tiles in own.items()}
     others = {} if job.tune_s else contest.others
     compile_s = time.monotonic()
     compiled = run.compile_all(others | kernels)
@@ -217,9 +233,9 @@ def run_contest(
         result = run.measure(compiled, ours=True)
         run.record(name, result if isinstance(result, str) else result | {"tiles": tiles})
 
-    for body, tiles in default.items():
+    for body, tiles in own.items():
         record_ours(body, compiled[body], tiles)
-    best = min((run.results["contestants"][body] for body in default), key=_seconds)
+    best = min((run.results["contestants"][body] for body in own), key=_seconds)
     if job.tune_s:  # stored also without a correct kernel, so that --resume does not try again
         run.results |= {"tried": dict(job.tried), "untried": []}
     if job.tune_s and not isinstance(best, str):

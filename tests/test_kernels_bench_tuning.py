@@ -5,14 +5,16 @@ import math
 import time
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import contest_child
+from pallas_kernels import contest_child, kernel_choice
 from pallas_kernels.bench_plan import Job, is_done
-from pallas_kernels.bench_results import join_results, mark_cut, mark_hung
-from pallas_kernels.contest_child import GROUP, TOGETHER, ContestJob, run_contest, tune
-from pallas_kernels.tiles import default_tiles, describe_tiles
+from pallas_kernels.bench_results import OURS, join_results, mark_cut, mark_hung
+from pallas_kernels.contest_child import GROUP, TOGETHER, ContestJob, bodies, run_contest, tune
+from pallas_kernels.kernel_choice import BenchRow
+from pallas_kernels.tiles import AttentionTiles, default_tiles, describe_tiles
 from tests.test_kernels_bench import ATTENTION, CONTESTS, NORM, run_fake, timed
 
 SHAPE = (8, 1_024, 12, 12, 64)
@@ -158,3 +160,25 @@ def test_a_child_learns_the_seconds_that_it_has_when_its_turn_comes(monkeypatch,
     )
     contest_child.main(["", str(job), str(result)])
     assert limits == [12.5]
+
+
+STORED = DEFAULT._replace(forward=AttentionTiles(64, 64, 4, 2))
+
+
+def test_a_contest_also_times_the_tiles_that_the_table_has_for_its_shape(monkeypatch):
+    contest = CONTESTS[ATTENTION]._replace(shape=SHAPE)
+    row = BenchRow(
+        *("attention", "a40", "bfloat16", SHAPE, jax.__version__, STORED, 0.5, "xla", 1.0, "", "")
+    )
+    rows = [row]
+    monkeypatch.setattr(kernel_choice, "read_rows", lambda folder: rows)
+    found = bodies(contest, "sm_86", "a40")
+    assert found["stored"] == STORED and found["triton"] == DEFAULT and "stored" in OURS
+    rows[0] = row._replace(tiles=DEFAULT)  # is timed once
+    assert "stored" not in bodies(contest, "sm_86", "a40")
+    rows[0] = row._replace(window=512)
+    assert "stored" not in bodies(contest, "sm_86", "a40")
+    rows.clear()
+    assert "stored" not in bodies(contest, "sm_86", "a40")
+    norm = CONTESTS[NORM]
+    assert bodies(norm, "sm_86", "a40") == {"triton": None}
