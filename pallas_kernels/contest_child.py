@@ -176,7 +176,7 @@ def tune(
         group_s: how long a group probably takes.
     """
     candidates = {}  # name -> (kernel, tiles, tiles of all kernels)
-    for kernel, tiles in shortlist(run.contest.op, arch):
+    for kernel, tiles in shortlist(run.contest.op, arch, run.contest.shape):
         all_tiles = replace_tiles(best["tiles"], kernel, tiles)
         if all_tiles != best["tiles"]:
             name = f"{kernel} {body_of(tiles)} {describe_tiles(tiles)}"

@@ -12,13 +12,13 @@ import pytest
 
 from jaxtrain.benchmarks.first_day_results import find_left, find_problems
 from jaxtrain.model.attention import ATTENTION as ATTENTION_ROUTES
-from pallas_kernels import bench, bench_plan, contest_process
+from pallas_kernels import bench, bench_plan, contest_process, search_space
 from pallas_kernels.bench_results import IN_TRAINING, as_row
 from pallas_kernels.contests import TINY, build_contests
 from pallas_kernels.correctness import compare, exact_results
 from pallas_kernels.result_files import find_commit
-from pallas_kernels.search_space import SHORTLIST
-from pallas_kernels.tiles import default_tiles
+from pallas_kernels.search_space import SHORTLIST, shortlist
+from pallas_kernels.tiles import AttentionTiles, MosaicAttentionTiles, default_tiles
 from pallas_kernels.torch_contests import as_tensors, measure_torch, torch_contestants
 
 CONTESTS = {contest.name: contest for contest in build_contests(TINY, interpret=True)}
@@ -227,20 +227,20 @@ def test_results_of_another_device_or_jax_are_not_continued(fact, value, monkeyp
         run_fake(monkeypatch, tmp_path, "--resume")
 
 
-def test_the_plan_of_the_minutes_says_how_many_contests_there_are_and_which_fit():
-    contests = [CONTESTS[name] for name in (ATTENTION, HEAD, NORM)]
-    jobs = bench_plan.open_jobs(contests, {HEAD: {"done": True}}, tune=True, again=False)
-    lines = bench_plan.plan_lines(jobs, minutes=6.0)
-    assert [job.tune for job in jobs] == [False, False, True, True]
-    assert "2 contests at their default tiles, at most 2.5 minutes each" in lines[0]
-    assert "2 tuned, at most 3.5 minutes each; 12.0 minutes in all" in lines[0]
-    fits = f"at these limits 2 fit in 6.0 minutes, the first {ATTENTION}, the last {NORM}"
-    assert fits in lines[1]
-    assert "none fits" in bench_plan.plan_lines(jobs, minutes=1.0)[1]
-    assert "all fit" in bench_plan.plan_lines(jobs, minutes=12.0)[1]
-    assert not bench_plan.plan_lines([], minutes=6.0)
-
-
 def test_at_most_eight_tiles_of_an_op_are_tried():
     for ops in SHORTLIST.values():
         assert all(sum(map(len, kernels.values())) <= 8 for kernels in ops.values())
+
+
+@pytest.mark.parametrize("arch", SHORTLIST)
+def test_the_tiles_that_are_tried_for_attention_follow_the_width_of_its_heads(arch, monkeypatch):
+    monkeypatch.setattr(search_space.mosaic, "USABLE", True)
+    of_width = {K: set(shortlist("attention", arch, (4, 2_048, 16, 4, K))) for K in (64, 128)}
+    # They spill with heads of 128, or were chosen for the occupancy that heads of 64 have.
+    only_64 = {
+        ("forward", MosaicAttentionTiles(256, 64, 4, variant="folded", groups=4)),
+        ("dq", AttentionTiles(64, 64, 8, 2)),
+    }
+    assert of_width[64] - of_width[128] == (only_64 if arch == "sm_90" else set())
+    assert of_width[128] and of_width[128] <= of_width[64]
+    assert len(set(shortlist("square", arch, (768,)))) >= 6
