@@ -58,6 +58,7 @@ from pallas_kernels.bench_results import (
     mark_hung,
     merge_rows,
     read_results,
+    row_key,
 )
 from pallas_kernels.child_process import exit_on_sigterm
 from pallas_kernels.contest import Contest
@@ -80,7 +81,7 @@ class Bench:
         self._children: list[Child] = []
         self._commit = find_commit()  # of this call: a later one may continue at another
         self.results = read_results(args.out if args.resume else None, args.tiny)
-        read_rows(TUNED)  # the children read it too
+        self._rows = read_rows(TUNED)  # the children read them too
 
     def _left_s(self) -> float:
         return self._until - time.monotonic()
@@ -115,9 +116,11 @@ class Bench:
         self._show(format_device(self.results))
 
     def run(self, contests: list[Contest]) -> None:
-        """Runs the contests that are not done: first at the default tiles, then tuned."""
+        """Runs the contests that are not done, in the order of bench_plan.open_jobs."""
         args, stored = self._args, self.results["contests"]
-        jobs = open_jobs(contests, stored, args.tune, again=bool(args.only))
+        where = self.results["chip"], minor_series(self.results["jax"])
+        known = {row_key(row) for row in self._rows if (row.chip, minor_series(row.jax)) == where}
+        jobs = open_jobs(contests, stored, args.tune, again=bool(args.only), known=known)
         hung = {name for name, result in stored.items() if "hung" in result}
         opened = {job.contest.name for job in jobs}
         kept = [contest.name for contest in contests if contest.name not in opened]

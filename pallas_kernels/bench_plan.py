@@ -1,9 +1,11 @@
 """What a call of bench still has to run, in which order, and the plan of its minutes."""
 
 import itertools
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
+from pallas_kernels.bench_results import row_key
 from pallas_kernels.contest import Contest
 from pallas_kernels.search_space import SHORTLIST
 
@@ -60,15 +62,52 @@ def is_done(job: Job, result: dict[str, Any], again: bool) -> bool:
     return bool(result.get("done")) and (is_tuned or not job.tune)
 
 
+def order_contests(contests: Sequence[Contest], known: Collection[tuple]) -> list[Contest]:
+    """Returns the contests in the order in which a call with little time should measure them.
+
+    Those without a row in the table come first, and those of no shipped model last. The ops take
+    turns. Attention's forward, of which the table has no row, comes after both ways.
+
+    Args:
+        known: row_key of the rows that this chip has with this minor series of JAX.
+    """
+    turns, places = Counter(), {}
+    for contest in sorted(contests, key=lambda contest: "forward" in contest.name):
+        group = not contest.shipped, row_key(contest) in known
+        turns[group, contest.op] += 1
+        places[contest.name] = *group, turns[group, contest.op]
+    return sorted(contests, key=lambda contest: places[contest.name])
+
+
+def _first_to_tune(contests):
+    """Returns the first contest of each op with tiles, and of each width of attention's heads."""
+    first = {}
+    for contest in contests:
+        masked = contest.documents or contest.window
+        if contest.op in TUNED_OPS and contest.shipped and not masked:
+            width = contest.shape[-1] if contest.op == "attention" else None
+            first.setdefault((contest.op, width), contest)  # both ways come before the forward
+    return list(first.values())
+
+
 def open_jobs(
-    contests: Sequence[Contest], stored: dict[str, Any], tune: bool, again: bool
+    contests: Sequence[Contest],
+    stored: dict[str, Any],
+    tune: bool,
+    again: bool,
+    known: Collection[tuple] = (),
 ) -> list[Job]:
-    """Returns the jobs that are not done: first all at the default tiles, then those to tune."""
-    jobs = [
-        Job(contest, tuned)
-        for tuned in ((False, True) if tune else (False,))
-        for contest in contests
-    ]
+    """Returns the jobs that are not done, in the order of order_contests.
+
+    With `tune`, the first contest of each kind is measured and tuned before all others, so that a
+    call with little time has tuned tiles of each kernel. The others are tuned at the end.
+    """
+    ordered = order_contests(contests, known)
+    first = _first_to_tune(contests) if tune else []
+    names = {contest.name for contest in first}
+    rest = [contest for contest in ordered if contest.name not in names]
+    jobs = [Job(contest, tuned) for contest in first for tuned in (False, True)]
+    jobs += [Job(contest, tuned) for tuned in (False, True)[: 1 + tune] for contest in rest]
     return [job for job in jobs if not is_done(job, stored.get(job.contest.name, {}), again)]
 
 

@@ -112,6 +112,11 @@ def as_row(
     )
 
 
+def row_key(entry: Contest | BenchRow) -> tuple:
+    """Returns what a row of a chip's table is of, in one minor series of JAX."""
+    return entry.op, tuple(entry.shape), entry.documents, entry.window
+
+
 def merge_rows(
     old: Sequence[dict[str, Any]], contests: Sequence[Contest], results: dict[str, Any]
 ) -> list[dict[str, Any]]:
@@ -121,10 +126,6 @@ def merge_rows(
     series of JAX. A contest in which our kernel failed, or that crashed or hung, removes them. One
     that the end of --minutes cut changes nothing: its fastest body may be one without a time.
     """
-
-    def key(op, shape, documents, window, version):
-        return op, tuple(shape), documents, window, minor_series(version)
-
     chip, version, command = results["chip"], results["jax"], " ".join(results["command"])
     replaced, new = [], []
     for contest in contests:  # training needs both directions
@@ -138,17 +139,11 @@ def merge_rows(
             if row is None and best_of(contestants, lambda name: name in OURS)[1]:
                 continue  # no other implementation has a time
         new += [row._asdict()] if row else []
-        shape_and_mask = contest.op, contest.shape, contest.documents, contest.window
-        replaced.append(key(*shape_and_mask, version))
+        replaced.append((row_key(contest), minor_series(version)))
 
     def key_of(row):
-        return key(
-            row["op"],
-            row["shape"],
-            row.get("documents", False),
-            row.get("window", 0),
-            row["jax"],
-        )
+        shape, mask = tuple(row["shape"]), (row.get("documents", False), row.get("window", 0))
+        return (row["op"], shape, *mask), minor_series(row["jax"])
 
     return [*(row for row in old if key_of(row) not in replaced), *new]
 
