@@ -77,6 +77,7 @@ class Bench:
 
     def __init__(self, args: Namespace, folder: Path, show: Callable[[str], None]):
         self._args, self._folder, self._show = args, folder, show
+        self._cache = Path(f"{args.out.absolute()}.cache") if args.out else folder / "cache"
         self._until = time.monotonic() + 60 * args.minutes
         self._children: list[Child] = []
         self._commit = find_commit()  # of this call: a later one may continue at another
@@ -173,7 +174,7 @@ class Bench:
         return join_results(self.results["contests"].get(job.contest.name, {}), result, job.tune)
 
     def _start_child(self, job: ContestJob) -> Child:
-        self._children.append(Child(job, self._folder))
+        self._children.append(Child(job, self._folder, self._cache))
         return self._children[-1]
 
     def _start(self, job: Job) -> Child | None:
@@ -247,7 +248,10 @@ def parse(argv: list[str] | None = None) -> Namespace:
         help="write pallas_kernels/tuned/CHIP.json, from which training chooses its kernels",
     )
     parser.add_argument(
-        "--out", type=Path, help="write all results to this JSON file after every contest"
+        "--out",
+        type=Path,
+        help="write all results to this JSON file after every contest, and compiled programs to "
+        "the folder OUT.cache",
     )
     parser.add_argument(
         "--resume", action="store_true", help="keep the contests that --out already has"

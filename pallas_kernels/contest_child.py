@@ -117,7 +117,8 @@ class ContestRun:
         self.save()
 
     def _compile(self, function) -> Compiled | str:
-        every = jax.jit(lambda inputs: [function(*arrays) for arrays in inputs])
+        once = jax.jit(function)  # is traced and lowered once for all inputs
+        every = jax.jit(lambda inputs: [once(*arrays) for arrays in inputs])
         try:
             return functools.partial(every.lower(self.inputs).compile(), self.inputs)
         except Exception as error:  # one failure must not stop a comparison

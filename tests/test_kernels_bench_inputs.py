@@ -6,13 +6,15 @@ import signal
 import stat
 import threading
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import bench, contest_child, contest_process
 from pallas_kernels.bench_results import merge_rows
 from pallas_kernels.child_process import ChildProcess
-from pallas_kernels.contest_child import ContestJob, run_contest
+from pallas_kernels.contest_child import ContestJob, ContestRun, run_contest
+from pallas_kernels.correctness import compare
 from pallas_kernels.result_files import lock_file, write_json
 from tests.test_kernels_bench import ATTENTION, CONTESTS, DOCUMENTS, NORM, run_fake, timed
 
@@ -218,3 +220,40 @@ def test_tuning_measures_no_other_implementation_and_ends_without_a_correct_kern
     assert list(saved["contestants"]) == ["triton"]
     assert saved["contestants"]["triton"].startswith("wrong")
     assert saved["done"] and saved["tried"] == {}
+
+
+def test_a_contestant_is_traced_once_for_all_inputs():
+    traces = []
+
+    def double(x):
+        traces.append(x.shape)
+        return 2 * x
+
+    contest = CONTESTS[NORM]._replace(
+        arrays=lambda key: [jax.random.normal(key, (4,))],
+        exact=lambda x: 2 * x.astype(jnp.float64),
+        tolerances=(1e-6,),
+    )
+    run = ContestRun(contest, save=lambda results: None)
+    compiled = run.compile_all({"ours": double})["ours"]
+    assert traces == [(4,)]
+    results = compiled()
+    assert len(results) == len(run.inputs) == 2 and not jnp.array_equal(*results)
+    assert not compare(contest, compiled, run._exact).fault
+
+
+def test_all_children_share_a_cache_of_compiled_programs_beside_the_results(monkeypatch, tmp_path):
+    folders = []
+
+    class Recorded(ChildProcess):
+        def __init__(self, argv, output, env):
+            super().__init__(argv, output, env)
+            folders.append(env["JAX_COMPILATION_CACHE_DIR"])
+
+    monkeypatch.setattr(contest_process, "ChildProcess", Recorded)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    run_fake(monkeypatch, tmp_path, names=(NORM,))
+    assert folders == [str(tmp_path / "results.json.cache")] * 2
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/mine")
+    run_fake(monkeypatch, tmp_path, names=(NORM,))
+    assert folders[2:] == ["/mine"] * 2
