@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 
+from pallas_kernels import torch_contests
 from pallas_kernels.chip import detect_chip
 from pallas_kernels.contest import Contest
 from pallas_kernels.contests import TINY, Sizes, build_contests
@@ -30,7 +31,6 @@ from pallas_kernels.result_files import read_object, write_json
 from pallas_kernels.search_space import default_bodies, shortlist
 from pallas_kernels.tiles import OpTiles, body_of, describe_tiles, replace_tiles
 from pallas_kernels.timing import first_line, measure_ceilings, time_calls
-from pallas_kernels.torch_contests import measure_torch
 
 # An implementation that is compiled to compute all inputs' results in one call. It reads several
 # inputs in turn, so that none of them stays in the L2 cache.
@@ -56,6 +56,11 @@ class ContestJob:
 def contests_of(tiny: bool) -> list[Contest]:
     """Returns all contests, or those of a trial."""
     return build_contests(TINY if tiny else Sizes(), tiny)
+
+
+def find_contest(job: ContestJob) -> Contest:
+    """Returns the contest of a job."""
+    return next(contest for contest in contests_of(job.tiny) if contest.name == job.name)
 
 
 def describe_device(tiny: bool) -> dict[str, Any]:
@@ -218,7 +223,7 @@ def run_contest(
     """
     start_s = time.monotonic()
     arch, chip = ("sm_86", "") if job.tiny else (detect_chip().arch, detect_chip().name)
-    (contest,) = (c for c in contests_of(job.tiny) if c.name == job.name)
+    contest = find_contest(job)
     run, own = ContestRun(contest, save), bodies(contest, arch, chip)
     kernels = {body: contest.kernel(tiles) for body, tiles in own.items()}
     others = {} if job.tune_s else contest.others
@@ -227,7 +232,9 @@ def run_contest(
     for name in others:
         run.record(name, run.measure(compiled[name], ours=False))
     if not job.tune_s:
-        for name, timing in measure_torch(contest, run.inputs, "cpu" if job.tiny else "cuda"):
+        for name, timing in torch_contests.measure_torch(
+            contest, run.inputs, "cpu" if job.tiny else "cuda"
+        ):
             run.record(name, timing if isinstance(timing, str) else timing._asdict())
 
     def record_ours(name, compiled, tiles):
@@ -261,6 +268,8 @@ def run_contest(
 def main(argv: Sequence[str]) -> None:
     job = ContestJob(**read_object(Path(argv[1])))
     jax.devices()  # starts CUDA
+    if job.name and not job.tune_s and torch_contests.takes_part(find_contest(job)):
+        torch_contests.import_torch()  # after JAX, which so loads its own cuDNN
     line = sys.stdin.readline()
     if not line:
         return  # the parent ended

@@ -4,19 +4,24 @@ import json
 import os
 import signal
 import stat
+import sys
 import threading
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import bench, contest_child, contest_process
+from pallas_kernels import bench, contest_child, contest_process, torch_contests
 from pallas_kernels.bench_results import merge_rows
 from pallas_kernels.child_process import ChildProcess
 from pallas_kernels.contest_child import ContestJob, ContestRun, run_contest
 from pallas_kernels.correctness import compare
 from pallas_kernels.result_files import lock_file, write_json
+from pallas_kernels.torch_contests import measure_torch
 from tests.test_kernels_bench import ATTENTION, CONTESTS, DOCUMENTS, NORM, run_fake, timed
+
+WINDOW = next(name for name in CONTESTS if "window" in name)
 
 
 @pytest.mark.parametrize("only", [["nrm"], ["norm", "nrm"]])
@@ -257,3 +262,34 @@ def test_all_children_share_a_cache_of_compiled_programs_beside_the_results(monk
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/mine")
     run_fake(monkeypatch, tmp_path, names=(NORM,))
     assert folders[2:] == ["/mine"] * 2
+
+
+@pytest.mark.parametrize(
+    "name, tune_s, imports",
+    [(NORM, 0.0, True), (NORM, 9.0, False), (DOCUMENTS, 0.0, False), (WINDOW, 0.0, False)],
+)
+def test_torch_is_imported_before_the_contests_turn_and_only_where_it_takes_part(
+    name, tune_s, imports, monkeypatch, tmp_path
+):
+    events, job = [], {"name": name, "tune_s": tune_s, "tiny": True}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    stdin = SimpleNamespace(readline=lambda: events.append("waits") or "9.0")
+    monkeypatch.setattr("sys.stdin", stdin)
+    monkeypatch.setattr(torch_contests, "import_torch", lambda: events.append("torch") or "")
+    monkeypatch.setattr(contest_child, "run_contest", lambda *args, **kw: events.append("runs"))
+    contest_child.main(["", str(tmp_path / "job.json"), ""])
+    assert events == ["torch"] * imports + ["waits", "runs"]
+
+
+@pytest.mark.parametrize("name", [DOCUMENTS, WINDOW])
+def test_a_contest_in_which_torch_takes_no_part_does_not_mention_it(name, monkeypatch):
+    monkeypatch.setattr(torch_contests, "import_torch", lambda: "torch is not installed")
+    assert not list(measure_torch(CONTESTS[name], [], "cuda"))
+    assert list(measure_torch(CONTESTS[NORM], [], "cuda")) == [("torch", "torch is not installed")]
+
+
+def test_a_torch_whose_libraries_are_missing_is_a_reason_and_no_crash(monkeypatch, tmp_path):
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so: not found')")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert torch_contests.import_torch() == "OSError: libcudart.so: not found"
