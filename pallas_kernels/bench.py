@@ -1,8 +1,8 @@
 """Times every kernel against all other implementations of the same op, on this machine's GPU.
 
     python -m pallas_kernels.bench --minutes=10 --out=kernels.json
-    python -m pallas_kernels.bench --minutes=10 --tune --save    # writes tuned/CHIP.json
     python -m pallas_kernels.bench --out=kernels.json --resume   # measures what is missing
+    python -m pallas_kernels.bench --minutes=15 --tune --save    # writes tuned/CHIP.json
     JAX_PLATFORMS=cpu python -m pallas_kernels.bench --tiny      # a trial on any machine
 
 --save writes pallas_kernels/tuned/CHIP.json, which training reads: where a kernel was faster, runs
@@ -19,13 +19,15 @@ percentile. Speeds are also given as shares of the ceiling: what a plain copy an
 product reach on the same GPU in the same run.
 
 A plan of the minutes comes first: how many contests there are, their limits, and which surely fit.
+Contests whose shape this chip's table lacks run first, and the ops take turns. With --tune, one
+contest of each kind is measured and tuned before the others, which are tuned at the end.
 Each contest runs in a child process, so a kernel that hangs or crashes costs only its own row.
-Results are written after every contest. No contest starts in less time than the longest one so far
-took (30 s before the first). When the time is up, bench lists the contests that it did not measure;
---resume with the same --out measures them, also one that was cut. A contest that was killed at its
-time limit runs again only if --only names it. --save changes only rows of the installed JAX: a
-finished contest replaces its row, and one in which our kernel is wrong, or that crashed or hung,
-removes it. What a cut contest has measured is stored in --out only.
+Results are written after every contest. One starts only if as much time is left as the longest so
+far took (30 s before the first). When the time is up, bench lists the contests that it did not
+measure; --resume with the same --out measures them and those that were cut, and tries the tiles
+that were not tried. A contest that was killed at its time limit runs again only if --only names it.
+--save changes only rows of the installed JAX: a finished contest replaces its row, and one in which
+our kernel is wrong, or that crashed or hung, removes it. A contest that was cut changes no row.
 """
 
 import contextlib
@@ -46,19 +48,19 @@ from pallas_kernels.bench_plan import (
     Job,
     choose_contests,
     count_jobs,
-    needed_s,
     open_jobs,
     plan_lines,
+    why_no_time,
 )
 from pallas_kernels.bench_results import (
     format_device,
     format_results,
     join_results,
+    known_keys,
     mark_cut,
     mark_hung,
     merge_rows,
     read_results,
-    row_key,
 )
 from pallas_kernels.child_process import exit_on_sigterm
 from pallas_kernels.contest import Contest
@@ -119,48 +121,49 @@ class Bench:
     def run(self, contests: list[Contest]) -> None:
         """Runs the contests that are not done, in the order of bench_plan.open_jobs."""
         args, stored = self._args, self.results["contests"]
-        where = self.results["chip"], minor_series(self.results["jax"])
-        known = {row_key(row) for row in self._rows if (row.chip, minor_series(row.jax)) == where}
+        known = known_keys(self._rows, self.results["chip"], self.results["jax"])
         jobs = open_jobs(contests, stored, args.tune, again=bool(args.only), known=known)
         hung = {name for name, result in stored.items() if "hung" in result}
         opened = {job.contest.name for job in jobs}
-        kept = [contest.name for contest in contests if contest.name not in opened]
-        if kept:
-            of_all = f"{len(kept)} of {len(contests)} contests"
-            self._show(f"{args.out} has the results of {of_all}, which are kept")
+        if kept := [contest.name for contest in contests if contest.name not in opened]:
+            of_all = f"{len(kept)} of {len(contests)} contests, which are kept"
+            self._show(f"{args.out} has the results of {of_all}")
         for name in hung.intersection(kept):
             self._show(f"{name}: {stored[name].get('tuning_error') or stored[name]['error']}")
         for line in plan_lines(jobs, self._left_s() / 60):
             self._show(line)
         self._write(contests, jobs)
-        hung.clear()  # from here on: those of this call
-        left, taken_s = list(jobs), []
+        self._run_jobs(jobs, contests)
+
+    def _run_jobs(self, jobs: Sequence[Job], contests: list[Contest]) -> None:
+        """Runs jobs one after the other, and writes the results after each."""
+        stored, failed, taken_s = self.results["contests"], {}, []
+        left = list(jobs)  # what another call has to do
         waiting = self._start(jobs[0]) if jobs else None
         for i, job in enumerate(jobs):
             child, waiting = waiting, self._start(jobs[i + 1]) if i + 1 < len(jobs) else None
             name = job.contest.name
-            why = "it hung" if name in hung else self._why_no_time(needed_s(taken_s))
-            if child is None or why:
-                self._show(f"{name}: not {'tuned' if job.tune else 'measured'}, {why}")
+            no_time = why_no_time(taken_s, self._left_s(), self._args.minutes)
+            if child is None or no_time or name in failed:
+                why = f"{'tuned' if job.tune else 'measured'}, {failed.get(name, no_time)}"
+                self._show(f"{name}: not {why}")
                 if child:
                     child.process.kill()
                 continue
             start_s = time.monotonic()
             result = stored[name] = self._run_job(job, child)
-            taken_s.append(time.monotonic() - start_s)
-            if "hung" in result:
-                hung.add(name)
-            if "cut" not in result and not (job.tune and result.get("untried")):
+            if result.get("done") and not job.tune:
+                taken_s.append(time.monotonic() - start_s)
+            if {"hung", "error", "tuning_error"} & result.keys():
+                failed[name] = "it hung" if "hung" in result else "it crashed"
+            if name in failed:
+                left = [other for other in left if other.contest.name != name]
+            elif "cut" not in result and not (job.tune and result.get("untried")):
                 left.remove(job)
-            self._show("\n".join(format_results(job.contest, result, self.results, args.tiny)))
+            self._show(
+                "\n".join(format_results(job.contest, result, self.results, self._args.tiny))
+            )
             self._write(contests, left)
-
-    def _why_no_time(self, needed_s: float) -> str:
-        """Returns why no contest can start that needs some time; "" if it can."""
-        left_s, minutes = self._left_s(), f"the {self._args.minutes:g} minutes"
-        if left_s <= 0:
-            return f"{minutes} are up"
-        return f"only {left_s:.0f} s of {minutes} are left" if left_s < needed_s else ""
 
     def _run_job(self, job: Job, child: Child) -> dict[str, Any]:
         """Returns the contest's result: of one that was measured before, together with that."""

@@ -111,9 +111,17 @@ def open_jobs(
     return [job for job in jobs if not is_done(job, stored.get(job.contest.name, {}), again)]
 
 
-def needed_s(taken_s: Sequence[float]) -> float:
-    """Returns the time without which no contest starts: as much as the longest so far took."""
-    return max(taken_s, default=FIRST_S)
+def why_no_time(taken_s: Sequence[float], left_s: float, minutes: float) -> str:
+    """Returns why no contest can start in the seconds that are left of `minutes`; "" if one can.
+
+    Args:
+        taken_s: how long the contests so far took. Another needs as much as the longest of them.
+    """
+    if left_s <= 0:
+        return f"the {minutes:g} minutes are up"
+    if left_s < max(taken_s, default=FIRST_S):
+        return f"only {left_s:.0f} s of the {minutes:g} minutes are left"
+    return ""
 
 
 def count_jobs(jobs: Sequence[Job]) -> list[str]:

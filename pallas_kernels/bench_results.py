@@ -117,6 +117,12 @@ def row_key(entry: Contest | BenchRow) -> tuple:
     return entry.op, tuple(entry.shape), entry.documents, entry.window
 
 
+def known_keys(rows: Sequence[BenchRow], chip: str, jax_version: str) -> set[tuple]:
+    """Returns row_key of the rows of a chip that count with a version of JAX."""
+    where = chip, minor_series(jax_version)
+    return {row_key(row) for row in rows if (row.chip, minor_series(row.jax)) == where}
+
+
 def merge_rows(
     old: Sequence[dict[str, Any]], contests: Sequence[Contest], results: dict[str, Any]
 ) -> list[dict[str, Any]]:

@@ -161,7 +161,11 @@ def test_a_kernel_that_hangs_crashes_or_is_wrong_costs_only_its_own_row(
     assert text.index("plan: 5 contests at their default tiles") < text.index(f"{ATTENTION}\n")
     assert "wrong: result 0 is 0.5 from float64" in text
     assert text.count(f"not finished: {hung}") == 1  # it was not tuned
-    assert find_problems([{"contests": contests}])[0].startswith(f"{DOCUMENTS}: {hung}")
+    assert text.count(f"{HEAD}\n") == 1 and f"{HEAD}: not tuned, it crashed" in text
+    results = [json.loads((tmp_path / "results.json").read_text())]
+    problems = find_problems(results)
+    assert any(problem.startswith(f"{DOCUMENTS}: {hung}") for problem in problems)
+    assert not find_left(results)  # the time was not up
 
     assert {result["commit"] for result in contests.values()} == {find_commit()}
 
@@ -200,9 +204,27 @@ def test_no_contest_starts_in_less_time_than_contests_take(
     assert results["left"] == ([] if measured else ["2 contests at their default tiles"])
 
 
+def test_a_contest_that_hung_or_is_tuned_is_not_taken_for_the_length_of_a_contest(
+    monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(bench_plan, "FIRST_S", 0.0)
+    needed = []
+
+    def why_no_time(taken_s, left_s, minutes):
+        needed.append(max(taken_s, default=0.0))
+        return ""
+
+    monkeypatch.setattr(bench, "why_no_time", why_no_time)
+    run_fake(monkeypatch, tmp_path, "--tune", names=(SQUARE, NORM))
+    assert len(needed) == 3 and max(needed) < 3.0
+    assert "hung: killed after all of its 3.5 s" in capsys.readouterr().out
+
+
 def test_the_time_that_a_contest_needs_is_that_of_the_longest_one_so_far():
-    assert bench_plan.needed_s([]) == bench_plan.FIRST_S == 30.0
-    assert bench_plan.needed_s([18.0, 21.0, 12.0]) == 21.0
+    can_start = lambda taken_s, left_s: not bench_plan.why_no_time(taken_s, left_s, 7.0)
+    assert [can_start([], s) for s in (29.0, 31.0)] == [False, True]
+    assert [can_start([18.0, 21.0, 12.0], s) for s in (20.0, 22.0)] == [False, True]
+    assert bench_plan.why_no_time([0.1], -1.0, 7.0) == "the 7 minutes are up"
 
 
 @pytest.mark.long

@@ -150,6 +150,15 @@ def test_a_child_that_tunes_gets_what_was_tried_before(monkeypatch, tmp_path):
     assert contests[ATTENTION]["untried"] == []
 
 
+def test_tuning_that_crashes_is_an_error_and_not_left_for_the_next_slice(monkeypatch, tmp_path):
+    contest = CONTESTS[ATTENTION]._replace(name="attention abort")
+    monkeypatch.setattr("tests.test_kernels_bench.CONTESTS", {"abort": contest})
+    result = run_fake(monkeypatch, tmp_path, "--tune", names=("abort",))["attention abort"]
+    assert result["done"] and "exit status -6" in result["tuning_error"]
+    assert result["tried"] == {"forward b": 1e-3} and result["untried"] == ["forward c"]
+    assert json.loads((tmp_path / "results.json").read_text())["left"] == []
+
+
 def test_a_child_learns_the_seconds_that_it_has_when_its_turn_comes(monkeypatch, tmp_path):
     limits = []
     job, result = tmp_path / "job.json", tmp_path / "result.json"
