@@ -61,6 +61,7 @@ from pallas_kernels.bench_results import (
     mark_hung,
     merge_rows,
     read_results,
+    stored_command,
 )
 from pallas_kernels.child_process import exit_on_sigterm
 from pallas_kernels.contest import Contest
@@ -164,6 +165,9 @@ class Bench:
                 "\n".join(format_results(job.contest, result, self.results, self._args.tiny))
             )
             self._write(contests, left)
+        if left:
+            texts = ", ".join(count_jobs(left))
+            self._show(f"left: {texts}; --resume with the same --out continues")
 
     def _run_job(self, job: Job, child: Child) -> dict[str, Any]:
         """Returns the contest's result: of one that was measured before, together with that."""
@@ -223,16 +227,6 @@ def bench(args: Namespace, show: Callable[[str], None] = print) -> dict[str, Any
     return run.results
 
 
-def _stored_command(argv: list[str]) -> list[str]:
-    """Returns the command to store: of the path of --out, which others do not have, the name."""
-    words = ["python", "-m", "pallas_kernels.bench"]
-    for word in argv:
-        flag, equals, path = word.rpartition("=")
-        is_out = flag == "--out" or words[-1] == "--out"
-        words.append(f"{flag}{equals}{Path(path).name}" if is_out else word)
-    return words
-
-
 def parse(argv: list[str] | None = None) -> Namespace:
     """Parses the command line."""
     parser = Parser("python -m pallas_kernels.bench", __doc__)
@@ -272,7 +266,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     )
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    args.command = _stored_command(argv)
+    args.command = stored_command(argv)
     if args.tiny and args.save:
         parser.error("--tiny measures nothing useful: leave out --save.")
     if args.resume and not args.out:

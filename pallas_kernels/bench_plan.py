@@ -119,9 +119,11 @@ def why_no_time(taken_s: Sequence[float], left_s: float, minutes: float) -> str:
     """
     if left_s <= 0:
         return f"the {minutes:g} minutes are up"
-    if left_s < max(taken_s, default=FIRST_S):
-        return f"only {left_s:.0f} s of the {minutes:g} minutes are left"
-    return ""
+    needed_s = max(taken_s, default=FIRST_S)
+    if left_s >= needed_s:
+        return ""
+    left = f"only {left_s:.0f} s of the {minutes:g} minutes are left"
+    return f"{left}, and a contest takes {needed_s:.0f} s"
 
 
 def count_jobs(jobs: Sequence[Job]) -> list[str]:
@@ -153,8 +155,10 @@ def plan_lines(jobs: Sequence[Job], minutes: float) -> list[str]:
     ends = list(itertools.accumulate(job.limit_s / 60 for job in jobs))
     fits = sum(end <= minutes for end in ends)
     name = lambda job: f"{job.contest.name}{', tuned' * job.tune}"
-    text = "none fits" if not fits else f"{fits} fit" if fits < len(jobs) else "all fit"
-    text += f" in {minutes:.1f} minutes"
-    if 0 < fits < len(jobs):
+    text = "all fit" if fits == len(jobs) else f"{fits} fit"
+    text = {0: "none fits", 1: "1 fits"}.get(fits, text) + f" in {minutes:.1f} minutes"
+    if fits == 1:
+        text += f": {name(jobs[0])}"
+    elif 1 < fits < len(jobs):
         text += f", the first {name(jobs[0])}, the last {name(jobs[fits - 1])}"
     return [f"plan: {'; '.join(counts)}; {ends[-1]:.1f} minutes in all", f"at these limits {text}"]

@@ -15,6 +15,16 @@ OURS = ("triton", "mosaic", "stored", "tuned")
 IN_TRAINING = ("xla", "cudnn")
 
 
+def stored_command(argv: Sequence[str]) -> list[str]:
+    """Returns the command to store: of the path of --out, which others do not have, the name."""
+    words = ["python", "-m", "pallas_kernels.bench"]
+    for word in argv:
+        flag, equals, path = word.rpartition("=")
+        is_out = flag == "--out" or words[-1] == "--out"
+        words.append(f"{flag}{equals}{Path(path).name}" if is_out else word)
+    return words
+
+
 def read_results(path: Path | None, tiny: bool) -> dict[str, Any]:
     """Returns the results that --resume continues; empty ones without a file.
 

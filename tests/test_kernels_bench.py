@@ -198,7 +198,7 @@ def test_no_contest_starts_in_less_time_than_contests_take(
     monkeypatch.setattr(bench.Bench, "_left_s", lambda self: left_s)
     contests = run_fake(monkeypatch, tmp_path, "--minutes=7", names=(NORM, ATTENTION))
     assert len(contests) == measured
-    why = f"{NORM}: not measured, only 29 s of the 7 minutes are left"
+    why = f"{NORM}: not measured, only 29 s of the 7 minutes are left, and a contest takes 30 s\n"
     assert (why in capsys.readouterr().out) == (not measured)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["left"] == ([] if measured else ["2 contests at their default tiles"])

@@ -129,9 +129,11 @@ def test_what_the_time_did_not_allow_is_listed_and_done_by_the_next_call(
     names = (NORM, ATTENTION)
     assert run_fake(monkeypatch, tmp_path, "--minutes=1e-9", names=names) == {}
     left = [f"{name}: not measured, the 1e-09 minutes are up" for name in names]
-    assert capsys.readouterr().out.splitlines()[-2:] == left
+    left.append("left: 2 contests at their default tiles; --resume with the same --out continues")
+    assert capsys.readouterr().out.splitlines()[-3:] == left
     contests = run_fake(monkeypatch, tmp_path, "--resume", names=names)
     assert all(contests[name]["done"] for name in names)
+    assert "left:" not in capsys.readouterr().out
     (tmp_path / "tuned" / "h100.json").unlink()
     assert run_fake(monkeypatch, tmp_path, "--resume", names=names) == contests
     assert len(json.loads((tmp_path / "tuned" / "h100.json").read_text())) == 2

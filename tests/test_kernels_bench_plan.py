@@ -92,6 +92,7 @@ def test_the_plan_of_the_minutes_says_how_many_contests_there_are_and_which_fit(
     assert "2 tuned, at most 3.5 minutes each; 12.0 minutes in all" in lines[0]
     fits = f"2 fit in 6.0 minutes, the first {ATTENTION}, the last {ATTENTION}, tuned"
     assert fits in lines[1]
+    assert plan_lines(jobs, minutes=3.0)[1].endswith(f"1 fits in 3.0 minutes: {ATTENTION}")
     assert "none fits" in plan_lines(jobs, minutes=1.0)[1]
     assert "all fit" in plan_lines(jobs, minutes=12.0)[1]
     assert not plan_lines([], minutes=6.0)
