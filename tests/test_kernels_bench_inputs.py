@@ -7,6 +7,7 @@ import stat
 import sys
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -242,7 +243,7 @@ def test_a_contestant_is_traced_once_for_all_inputs():
         tolerances=(1e-6,),
     )
     run = ContestRun(contest, save=lambda results: None)
-    compiled = run.compile_all({"ours": double})["ours"]
+    compiled: Any = run.compile_all({"ours": double})["ours"]
     assert traces == [(4,)]
     results = compiled()
     assert len(results) == len(run.inputs) == 2 and not jnp.array_equal(*results)
@@ -253,7 +254,7 @@ def test_all_children_share_a_cache_of_compiled_programs_beside_the_results(monk
     folders = []
 
     class Recorded(ChildProcess):
-        def __init__(self, argv, output, env):
+        def __init__(self, argv, output, env: Any):
             super().__init__(argv, output, env)
             folders.append(env["JAX_COMPILATION_CACHE_DIR"])
 

@@ -4,18 +4,26 @@ import json
 import math
 import time
 from types import SimpleNamespace
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import contest_child, kernel_choice
 from pallas_kernels.bench_plan import Job, is_done
 from pallas_kernels.bench_results import OURS, join_results, mark_cut, mark_hung
-from pallas_kernels.contest_child import GROUP, TOGETHER, ContestJob, bodies, run_contest, tune
-from pallas_kernels.kernel_choice import BenchRow
+from pallas_kernels.contest_child import (
+    GROUP,
+    TOGETHER,
+    ContestJob,
+    ContestRun,
+    bodies,
+    run_contest,
+    tune,
+)
 from pallas_kernels.tiles import AttentionTiles, default_tiles, describe_tiles
 from tests.test_kernels_bench import ATTENTION, CONTESTS, NORM, run_fake, timed
+from tests.test_kernels_shapes import fake_row
 
 SHAPE = (8, 1_024, 12, 12, 64)
 DEFAULT = default_tiles("attention", "sm_86", SHAPE)
@@ -23,11 +31,11 @@ BEST = timed(1.0, tiles=DEFAULT)
 FOREVER = {"until": math.inf, "deadline": math.inf, "group_s": 0.0}
 
 
-class FakeRun:
-    """Stands in for ContestRun: tiles take as many seconds as `seconds` says, others 2."""
+class FakeRun(ContestRun):
+    """Compiles and times nothing: tiles take as many seconds as `seconds` says, others 2."""
 
     def __init__(self, seconds=None, tried=None, fail_in_group=math.inf):
-        self.contest = SimpleNamespace(op="attention", shape=SHAPE, kernel=lambda tiles: tiles)
+        self.contest = CONTESTS[ATTENTION]._replace(shape=SHAPE, kernel=lambda tiles: tiles)
         self.results = {"tried": dict(tried or {})}
         self.groups, self.saved = [], {}
         self._seconds, self._fail_in_group = seconds or {}, fail_in_group
@@ -38,7 +46,7 @@ class FakeRun:
             raise KeyboardInterrupt
         return functions
 
-    def measure(self, compiled, ours, samples):
+    def measure(self, compiled: Any, ours, samples=20):
         changed = [
             describe_tiles(tiles)
             for tiles, default in zip(compiled, DEFAULT, strict=True)
@@ -70,7 +78,7 @@ def test_tiles_that_the_best_body_already_has_are_not_tried():
 def test_tuning_that_was_cut_continues_and_finds_the_same_tiles():
     seconds = {"128x64x8x3": 0.5, "128x32x8x2": 0.9, "64x32x4x2": 0.8}
     whole, cut = FakeRun(seconds), FakeRun(seconds, fail_in_group=1)
-    found = tune(whole, "sm_86", BEST, **FOREVER)
+    found: Any = tune(whole, "sm_86", BEST, **FOREVER)
     assert [describe_tiles(tiles) for tiles in found] == ["128x64x8x3", "32x64x4x2", "64x32x4x2"]
     with pytest.raises(KeyboardInterrupt):
         tune(cut, "sm_86", BEST, **FOREVER)
@@ -176,9 +184,7 @@ STORED = DEFAULT._replace(forward=AttentionTiles(64, 64, 4, 2))
 
 def test_a_contest_also_times_the_tiles_that_the_table_has_for_its_shape(monkeypatch):
     contest = CONTESTS[ATTENTION]._replace(shape=SHAPE)
-    row = BenchRow(
-        *("attention", "a40", "bfloat16", SHAPE, jax.__version__, STORED, 0.5, "xla", 1.0, "", "")
-    )
+    row = fake_row("attention", "a40", SHAPE, tiles=STORED)
     rows = [row]
     monkeypatch.setattr(kernel_choice, "read_rows", lambda folder: rows)
     found = bodies(contest, "sm_86", "a40")
