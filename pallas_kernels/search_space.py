@@ -26,6 +26,7 @@ from pallas_kernels.tiles import (
     ProductTiles,
     body_of,
     default_tiles,
+    is_triton,
     kernel_tiles,
     mosaic_tiles,
     replace_tiles,
@@ -227,5 +228,5 @@ def shortlist(
     kernels = table.get("attention_64" if narrow else op, table.get(op, {}))
     for turn in itertools.zip_longest(*kernels.values()):
         for kernel, tiles in zip(kernels, turn, strict=True):
-            if tiles is not None and (mosaic.USABLE or body_of(tiles) != "mosaic"):
+            if tiles is not None and (mosaic.USABLE or is_triton(tiles)):
                 yield kernel, tiles

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import contest_child, kernel_choice
+from pallas_kernels import contest_child, kernel_choice, search_space
 from pallas_kernels.bench_plan import Job, is_done
 from pallas_kernels.bench_results import OURS, join_results, mark_cut, mark_hung
 from pallas_kernels.contest_child import (
@@ -21,7 +21,7 @@ from pallas_kernels.contest_child import (
     run_contest,
     tune,
 )
-from pallas_kernels.tiles import AttentionTiles, default_tiles, describe_tiles
+from pallas_kernels.tiles import AttentionTiles, default_tiles, describe_tiles, is_triton
 from tests.test_kernels_bench import ATTENTION, CONTESTS, NORM, run_fake, timed
 from tests.test_kernels_shapes import fake_row
 
@@ -197,3 +197,10 @@ def test_a_contest_also_times_the_tiles_that_the_table_has_for_its_shape(monkeyp
     assert "stored" not in bodies(contest, "sm_86", "a40")
     norm = CONTESTS[NORM]
     assert bodies(norm, "sm_86", "a40") == {"triton": None}
+
+
+def test_without_mosaic_only_tritons_tiles_are_tried(monkeypatch):
+    monkeypatch.setattr(search_space.mosaic, "USABLE", False)
+    for arch in search_space.SHORTLIST:
+        for op in ("attention", "head", "square"):
+            assert all(is_triton(tiles) for _, tiles in search_space.shortlist(op, arch))
