@@ -1,13 +1,15 @@
 """Times every kernel against all other implementations of the same op, on this machine's GPU.
 
     python -m pallas_kernels.bench --minutes=10 --out=kernels.json
-    python -m pallas_kernels.bench --minutes=10 --tune --save    # writes tuned/CHIP.json
     python -m pallas_kernels.bench --out=kernels.json --resume   # measures what is missing
+    python -m pallas_kernels.bench --minutes=15 --tune --save    # writes tuned/CHIP.json
     JAX_PLATFORMS=cpu python -m pallas_kernels.bench --tiny      # a trial on any machine
 
 --save writes pallas_kernels/tuned/CHIP.json, which training reads: where a kernel was faster, runs
-with similar shapes use it. --tune also tries a short list of tile sizes for each kernel. --tiny
-interprets the kernels at tiny shapes, to check that everything runs; its times mean nothing.
+with similar shapes use it. A contest times each body of our kernel at its default tile sizes, and
+at those that the table has (stored). --tune also tries a short list for each kernel, and times the
+best together (tuned). --tiny interprets the kernels at tiny shapes, to check that everything runs;
+its times mean nothing.
 
 Before a kernel is timed, its results on random data are compared with float64, at the tolerances of
 the tests, and a second call must give the same bits. A kernel that fails this is reported, and not
@@ -17,11 +19,15 @@ percentile. Speeds are also given as shares of the ceiling: what a plain copy an
 product reach on the same GPU in the same run.
 
 A plan of the minutes comes first: how many contests there are, their limits, and which surely fit.
+Contests whose shape this chip's table lacks run first, and the ops take turns. With --tune, one
+contest of each kind is measured and tuned before the others, which are tuned at the end.
 Each contest runs in a child process, so a kernel that hangs or crashes costs only its own row.
-Results are written after every contest. When the time is up, bench lists the contests that it did
-not measure; --resume with the same --out measures them. A contest that was killed at its time limit
-runs again only if --only names it. --save replaces only the rows, of the installed JAX, whose
-contests have results.
+Results are written after every contest. One starts only if as much time is left as the longest so
+far took (30 s before the first). When the time is up, bench lists the contests that it did not
+measure; --resume with the same --out measures them and those that were cut, and tries the tiles
+that were not tried. A contest that was killed at its time limit runs again only if --only names it.
+--save changes only rows of the installed JAX: a finished contest replaces its row, and one in which
+our kernel is wrong, or that crashed or hung, removes it. A contest that was cut changes no row.
 """
 
 import contextlib
@@ -31,7 +37,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,58 +47,45 @@ from pallas_kernels.bench_plan import (
     CONTEST_S,
     Job,
     choose_contests,
-    mark_hung,
+    count_jobs,
     open_jobs,
     plan_lines,
+    why_no_time,
 )
-from pallas_kernels.bench_results import format_device, format_results, merge_rows
+from pallas_kernels.bench_results import (
+    format_device,
+    format_results,
+    join_results,
+    known_keys,
+    mark_cut,
+    mark_hung,
+    merge_rows,
+    read_results,
+    stored_command,
+)
 from pallas_kernels.child_process import exit_on_sigterm
 from pallas_kernels.contest import Contest
 from pallas_kernels.contest_child import ContestJob, contests_of
 from pallas_kernels.contest_process import Child
 from pallas_kernels.kernel_choice import TUNED, minor_series, read_rows
-from pallas_kernels.result_files import find_commit, lock_file, read_object, write_json
-
-
-def _read_results(args: Namespace) -> dict[str, Any]:
-    """Returns the results in --out that --resume continues, or empty ones.
-
-    Raises:
-        ValueError: the file has no results of bench, or only one of them and this call is a trial.
-    """
-    if not (args.resume and args.out.exists()):
-        return {"contests": {}}
-    try:
-        results = read_object(args.out)
-        if not all(isinstance(result, dict) for result in results["contests"].values()):
-            raise ValueError("its contests must be JSON objects")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"--resume must continue results of bench; got {args.out}: {type(error).__name__} "
-            f"{error}. Set another --out."
-        ) from None
-    if "device" in results and ("trial" in results) != args.tiny:
-        kinds = ("measurement", "trial") if args.tiny else ("trial", "measurement")
-        text = "--resume: {} is a {}, which a {} cannot continue. Set another --out."
-        raise ValueError(text.format(args.out, *kinds))
-    return results
+from pallas_kernels.result_files import find_commit, lock_file, write_json
 
 
 class Bench:
     """One run of the bench; the GPU is used only by its children.
 
     Raises:
-        ValueError: see _read_results; or the table that --save changes is damaged.
+        ValueError: see read_results; or the table is damaged.
     """
 
     def __init__(self, args: Namespace, folder: Path, show: Callable[[str], None]):
         self._args, self._folder, self._show = args, folder, show
+        self._cache = Path(f"{args.out.absolute()}.cache") if args.out else folder / "cache"
         self._until = time.monotonic() + 60 * args.minutes
         self._children: list[Child] = []
         self._commit = find_commit()  # of this call: a later one may continue at another
-        self.results = _read_results(args)
-        if args.save:
-            read_rows(TUNED)
+        self.results = read_results(args.out if args.resume else None, args.tiny)
+        self._rows = read_rows(TUNED)  # the children read them too
 
     def _left_s(self) -> float:
         return self._until - time.monotonic()
@@ -127,64 +120,79 @@ class Bench:
         self._show(format_device(self.results))
 
     def run(self, contests: list[Contest]) -> None:
-        """Runs the contests that are not done: first at the default tiles, then tuned."""
+        """Runs the contests that are not done, in the order of bench_plan.open_jobs."""
         args, stored = self._args, self.results["contests"]
-        jobs = open_jobs(contests, stored, args.tune, again=bool(args.only))
+        known = known_keys(self._rows, self.results["chip"], self.results["jax"])
+        jobs = open_jobs(contests, stored, args.tune, again=bool(args.only), known=known)
         hung = {name for name, result in stored.items() if "hung" in result}
         opened = {job.contest.name for job in jobs}
-        kept = [contest.name for contest in contests if contest.name not in opened]
-        if kept:
-            of_all = f"{len(kept)} of {len(contests)} contests"
-            self._show(f"{args.out} has the results of {of_all}, which are kept")
+        if kept := [contest.name for contest in contests if contest.name not in opened]:
+            of_all = f"{len(kept)} of {len(contests)} contests, which are kept"
+            self._show(f"{args.out} has the results of {of_all}")
         for name in hung.intersection(kept):
             self._show(f"{name}: {stored[name].get('tuning_error') or stored[name]['error']}")
         for line in plan_lines(jobs, self._left_s() / 60):
             self._show(line)
-        self._write(contests)
-        hung.clear()  # from here on: those of this call
+        self._write(contests, jobs)
+        self._run_jobs(jobs, contests)
+
+    def _run_jobs(self, jobs: Sequence[Job], contests: list[Contest]) -> None:
+        """Runs jobs one after the other, and writes the results after each."""
+        stored, failed, taken_s = self.results["contests"], {}, []
+        left = list(jobs)  # what another call has to do
         waiting = self._start(jobs[0]) if jobs else None
         for i, job in enumerate(jobs):
             child, waiting = waiting, self._start(jobs[i + 1]) if i + 1 < len(jobs) else None
             name = job.contest.name
-            if child is None or self._left_s() < 0 or name in hung:
-                what = "tuned" if job.tune else "measured"
-                why = "it hung" if name in hung else f"the {args.minutes:g} minutes are up"
-                self._show(f"{name}: not {what}, {why}")
+            no_time = why_no_time(taken_s, self._left_s(), self._args.minutes)
+            if child is None or no_time or name in failed:
+                why = f"{'tuned' if job.tune else 'measured'}, {failed.get(name, no_time)}"
+                self._show(f"{name}: not {why}")
                 if child:
                     child.process.kill()
                 continue
-            result = self._run_job(job, child)
-            hung |= {name} if "hung" in result else set()
-            stored[name] = result
-            self._show("\n".join(format_results(job.contest, result, self.results, args.tiny)))
-            self._write(contests)
+            start_s = time.monotonic()
+            result = stored[name] = self._run_job(job, child)
+            if result.get("done") and not job.tune:
+                taken_s.append(time.monotonic() - start_s)
+            if {"hung", "error", "tuning_error"} & result.keys():
+                failed[name] = "it hung" if "hung" in result else "it crashed"
+            if name in failed:
+                left = [other for other in left if other.contest.name != name]
+            elif "cut" not in result and not (job.tune and result.get("untried")):
+                left.remove(job)
+            self._show(
+                "\n".join(format_results(job.contest, result, self.results, self._args.tiny))
+            )
+            self._write(contests, left)
+        if left:
+            texts = ", ".join(count_jobs(left))
+            self._show(f"left: {texts}; --resume with the same --out continues")
 
     def _run_job(self, job: Job, child: Child) -> dict[str, Any]:
         """Returns the contest's result: of one that was measured before, together with that."""
-        before = dict(self.results["contests"].get(job.contest.name, {}))
-        before.pop("hung", None)
         limit_s, left_s = job.limit_s, max(self._left_s(), 1.0)
         result = child.run(min(limit_s, left_s))
         if child.was_killed and limit_s <= left_s:
             result = mark_hung(result, limit_s, self._commit)
-        if "error" in result and before.get("done"):
-            hung = {"hung": result["hung"]} if "hung" in result else {}
-            return before | hung | {"tuning_error": result["error"]}
-        if job.tune:
-            earlier = before.get("contestants", {})
-            result["contestants"] = earlier | result.get("contestants", {})
-        return result | {"date": self.results["date"], "commit": self._commit}
+        elif child.was_killed:
+            result = mark_cut(result, left_s)
+        result |= {"date": self.results["date"], "commit": self._commit}
+        return join_results(self.results["contests"].get(job.contest.name, {}), result, job.tune)
 
     def _start_child(self, job: ContestJob) -> Child:
-        self._children.append(Child(job, self._folder))
+        self._children.append(Child(job, self._folder, self._cache))
         return self._children[-1]
 
     def _start(self, job: Job) -> Child | None:
         if self._left_s() < 0:
             return None
-        return self._start_child(ContestJob(job.contest.name, job.tune_s, self._args.tiny))
+        name = job.contest.name
+        tried = self.results["contests"].get(name, {}).get("tried", {})
+        return self._start_child(ContestJob(name, job.tune_s, self._args.tiny, tried))
 
-    def _write(self, contests: list[Contest]) -> None:
+    def _write(self, contests: list[Contest], left: Sequence[Job]) -> None:
+        self.results["left"] = count_jobs(left)
         if self._args.out:
             write_json(self._args.out, self.results)
         if self._args.save:
@@ -219,16 +227,6 @@ def bench(args: Namespace, show: Callable[[str], None] = print) -> dict[str, Any
     return run.results
 
 
-def _stored_command(argv: list[str]) -> list[str]:
-    """Returns the command to store: of the path of --out, which others do not have, the name."""
-    words = ["python", "-m", "pallas_kernels.bench"]
-    for word in argv:
-        flag, equals, path = word.rpartition("=")
-        is_out = flag == "--out" or words[-1] == "--out"
-        words.append(f"{flag}{equals}{Path(path).name}" if is_out else word)
-    return words
-
-
 def parse(argv: list[str] | None = None) -> Namespace:
     """Parses the command line."""
     parser = Parser("python -m pallas_kernels.bench", __doc__)
@@ -236,7 +234,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
         "--minutes",
         type=positive(float),
         default=10.0,
-        help="no contest starts after this many minutes; default: 10",
+        help="how long contests may run; default: 10",
     )
     parser.add_argument(
         "--tune", action="store_true", help="also try a short list of each kernel's tile sizes"
@@ -247,7 +245,10 @@ def parse(argv: list[str] | None = None) -> Namespace:
         help="write pallas_kernels/tuned/CHIP.json, from which training chooses its kernels",
     )
     parser.add_argument(
-        "--out", type=Path, help="write all results to this JSON file after every contest"
+        "--out",
+        type=Path,
+        help="write all results to this JSON file after every contest, and compiled programs to "
+        "the folder OUT.cache",
     )
     parser.add_argument(
         "--resume", action="store_true", help="keep the contests that --out already has"
@@ -265,7 +266,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     )
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    args.command = _stored_command(argv)
+    args.command = stored_command(argv)
     if args.tiny and args.save:
         parser.error("--tiny measures nothing useful: leave out --save.")
     if args.resume and not args.out:

@@ -1,15 +1,18 @@
 """What a call of bench still has to run, in which order, and the plan of its minutes."""
 
 import itertools
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
+from pallas_kernels.bench_results import row_key
 from pallas_kernels.contest import Contest
 from pallas_kernels.search_space import SHORTLIST
 
 TUNED_OPS = tuple(SHORTLIST["sm_86"])
 CONTEST_S = 150.0  # a contest without tuning is killed after this time
 TUNE_S = 60.0  # for the tiles of one contest, besides
+FIRST_S = 30.0  # the first contest of a call starts only if as much is left
 
 
 def choose_contests(contests: list[Contest], only: list[str] | None) -> list[Contest]:
@@ -55,28 +58,82 @@ def is_done(job: Job, result: dict[str, Any], again: bool) -> bool:
         return True
     if "hung" in result and not again:
         return True
-    return bool(result.get("done")) and (not job.tune or "tried" in result)
+    is_tuned = "tried" in result and not result.get("untried")
+    return bool(result.get("done")) and (is_tuned or not job.tune)
+
+
+def order_contests(contests: Sequence[Contest], known: Collection[tuple]) -> list[Contest]:
+    """Returns the contests in the order in which a call with little time should measure them.
+
+    Those without a row in the table come first, and those of no shipped model last. The ops take
+    turns. Attention's forward, of which the table has no row, comes after both ways.
+
+    Args:
+        known: row_key of the rows that this chip has with this minor series of JAX.
+    """
+    turns, places = Counter(), {}
+    for contest in sorted(contests, key=lambda contest: "forward" in contest.name):
+        group = not contest.shipped, row_key(contest) in known
+        turns[group, contest.op] += 1
+        places[contest.name] = *group, turns[group, contest.op]
+    return sorted(contests, key=lambda contest: places[contest.name])
+
+
+def _first_to_tune(contests):
+    """Returns the first contest of each op with tiles, and of each width of attention's heads."""
+    first = {}
+    for contest in contests:
+        masked = contest.documents or contest.window
+        if contest.op in TUNED_OPS and contest.shipped and not masked:
+            width = contest.shape[-1] if contest.op == "attention" else None
+            first.setdefault((contest.op, width), contest)  # both ways come before the forward
+    return list(first.values())
 
 
 def open_jobs(
-    contests: Sequence[Contest], stored: dict[str, Any], tune: bool, again: bool
+    contests: Sequence[Contest],
+    stored: dict[str, Any],
+    tune: bool,
+    again: bool,
+    known: Collection[tuple] = (),
 ) -> list[Job]:
-    """Returns the jobs that are not done: first all at the default tiles, then those to tune."""
-    jobs = [
-        Job(contest, tuned)
-        for tuned in ((False, True) if tune else (False,))
-        for contest in contests
-    ]
+    """Returns the jobs that are not done, in the order of order_contests.
+
+    With `tune`, the first contest of each kind is measured and tuned before all others, so that a
+    call with little time has tuned tiles of each kernel. The others are tuned at the end.
+    """
+    ordered = order_contests(contests, known)
+    first = _first_to_tune(contests) if tune else []
+    names = {contest.name for contest in first}
+    rest = [contest for contest in ordered if contest.name not in names]
+    jobs = [Job(contest, tuned) for contest in first for tuned in (False, True)]
+    jobs += [Job(contest, tuned) for tuned in (False, True)[: 1 + tune] for contest in rest]
     return [job for job in jobs if not is_done(job, stored.get(job.contest.name, {}), again)]
 
 
-def mark_hung(result: dict[str, Any], limit_s: float, commit: str) -> dict[str, Any]:
-    """Returns the result of a contest that used its whole limit, which names it as hung."""
-    error = (
-        f"hung: killed after all of its {limit_s:g} s, at commit {commit[:7]}. It is run again "
-        "only if --only names it"
-    )
-    return result | {"hung": {"limit_s": limit_s, "commit": commit}, "error": error}
+def why_no_time(taken_s: Sequence[float], left_s: float, minutes: float) -> str:
+    """Returns why no contest can start in the seconds that are left of `minutes`; "" if one can.
+
+    Args:
+        taken_s: how long the contests so far took. Another needs as much as the longest of them.
+    """
+    if left_s <= 0:
+        return f"the {minutes:g} minutes are up"
+    needed_s = max(taken_s, default=FIRST_S)
+    if left_s >= needed_s:
+        return ""
+    left = f"only {left_s:.0f} s of the {minutes:g} minutes are left"
+    return f"{left}, and a contest takes {needed_s:.0f} s"
+
+
+def count_jobs(jobs: Sequence[Job]) -> list[str]:
+    """Returns how many of the jobs are at the default tiles and how many tune, as texts."""
+    defaults = sum(not job.tune for job in jobs)
+    texts = {
+        f"{defaults} contest{'s at their' if defaults > 1 else ' at its'} default tiles": defaults,
+        f"{len(jobs) - defaults} to tune": len(jobs) - defaults,
+    }
+    return [text for text, count in texts.items() if count]
 
 
 def plan_lines(jobs: Sequence[Job], minutes: float) -> list[str]:
@@ -98,8 +155,10 @@ def plan_lines(jobs: Sequence[Job], minutes: float) -> list[str]:
     ends = list(itertools.accumulate(job.limit_s / 60 for job in jobs))
     fits = sum(end <= minutes for end in ends)
     name = lambda job: f"{job.contest.name}{', tuned' * job.tune}"
-    text = "none fits" if not fits else f"{fits} fit" if fits < len(jobs) else "all fit"
-    text += f" in {minutes:.1f} minutes"
-    if 0 < fits < len(jobs):
+    text = "all fit" if fits == len(jobs) else f"{fits} fit"
+    text = {0: "none fits", 1: "1 fits"}.get(fits, text) + f" in {minutes:.1f} minutes"
+    if fits == 1:
+        text += f": {name(jobs[0])}"
+    elif 1 < fits < len(jobs):
         text += f", the first {name(jobs[0])}, the last {name(jobs[fits - 1])}"
     return [f"plan: {'; '.join(counts)}; {ends[-1]:.1f} minutes in all", f"at these limits {text}"]

@@ -1,14 +1,84 @@
 """The results of bench: which implementation was fastest, the row for training, and the text."""
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from pallas_kernels.contest import Contest
 from pallas_kernels.kernel_choice import BenchRow, minor_series
+from pallas_kernels.result_files import read_object
 
-OURS = ("triton", "mosaic", "tuned")  # names of our kernel's contestants
+# Names of our kernel's contestants: bodies at their default tiles, and the op at the tiles of the
+# table, and at the best that --tune found.
+OURS = ("triton", "mosaic", "stored", "tuned")
 # The others that jaxtrain.ops.routes can choose in place of a kernel.
 IN_TRAINING = ("xla", "cudnn")
+
+
+def stored_command(argv: Sequence[str]) -> list[str]:
+    """Returns the command to store: of the path of --out, which others do not have, the name."""
+    words = ["python", "-m", "pallas_kernels.bench"]
+    for word in argv:
+        flag, equals, path = word.rpartition("=")
+        is_out = flag == "--out" or words[-1] == "--out"
+        words.append(f"{flag}{equals}{Path(path).name}" if is_out else word)
+    return words
+
+
+def read_results(path: Path | None, tiny: bool) -> dict[str, Any]:
+    """Returns the results that --resume continues; empty ones without a file.
+
+    Raises:
+        ValueError: the file has no results of bench, or only one of them and this call is a trial.
+    """
+    if path is None or not path.exists():
+        return {"contests": {}}
+    try:
+        results = read_object(path)
+        if not all(isinstance(result, dict) for result in results["contests"].values()):
+            raise ValueError("its contests must be JSON objects")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"--resume must continue results of bench; got {path}: {type(error).__name__} "
+            f"{error}. Set another --out."
+        ) from None
+    if "device" in results and ("trial" in results) != tiny:
+        kinds = ("measurement", "trial") if tiny else ("trial", "measurement")
+        text = "--resume: {} is a {}, which a {} cannot continue. Set another --out."
+        raise ValueError(text.format(path, *kinds))
+    return results
+
+
+def mark_hung(result: dict[str, Any], limit_s: float, commit: str) -> dict[str, Any]:
+    """Returns the result of a contest that used its whole limit, which names it as hung."""
+    error = (
+        f"hung: killed after all of its {limit_s:g} s, at commit {commit[:7]}. It is run again "
+        "only if --only names it"
+    )
+    return result | {"hung": {"limit_s": limit_s, "commit": commit}, "error": error}
+
+
+def mark_cut(result: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Returns the result of a contest that the end of --minutes cut, which is no error."""
+    text = f"cut after {seconds:.0f} s, when the minutes were up"
+    return {key: value for key, value in result.items() if key != "error"} | {"cut": text}
+
+
+def join_results(before: dict[str, Any], result: dict[str, Any], tune: bool) -> dict[str, Any]:
+    """Returns a contest's result together with what was measured before.
+
+    If the tuning of a finished contest did not end, its result stays, with the reason and the tiles
+    that were tried.
+    """
+    if before.get("done") and not result.get("done"):
+        new = ("hung", "cut", "tried", "untried")
+        ending = {key: result[key] for key in new if key in result}
+        error = {"tuning_error": result["error"]} if "error" in result else {}
+        old = ("hung", "cut", "tuning_error")
+        return {key: value for key, value in before.items() if key not in old} | ending | error
+    if tune:
+        result["contestants"] = before.get("contestants", {}) | result.get("contestants", {})
+    return result
 
 
 def best_of(contestants: dict[str, Any], names: Callable[[str], bool]) -> tuple[str, Any]:
@@ -52,39 +122,46 @@ def as_row(
     )
 
 
+def row_key(entry: Contest | BenchRow) -> tuple:
+    """Returns what a row of a chip's table is of, in one minor series of JAX."""
+    return entry.op, tuple(entry.shape), entry.documents, entry.window
+
+
+def known_keys(rows: Sequence[BenchRow], chip: str, jax_version: str) -> set[tuple]:
+    """Returns row_key of the rows of a chip that count with a version of JAX."""
+    where = chip, minor_series(jax_version)
+    return {row_key(row) for row in rows if (row.chip, minor_series(row.jax)) == where}
+
+
 def merge_rows(
     old: Sequence[dict[str, Any]], contests: Sequence[Contest], results: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Returns the rows of a chip's table: the old ones, and new ones of contests with results.
+    """Returns the rows of a chip's table: the old ones, and new ones of finished contests.
 
     A new row replaces the old ones of the same op, shape, documents and window in the same minor
-    series of JAX. A contest in which our kernel failed removes them.
+    series of JAX. A contest in which our kernel failed, or that crashed or hung, removes them. One
+    that the end of --minutes cut changes nothing: its fastest body may be one without a time.
     """
-
-    def key(op, shape, documents, window, version):
-        return op, tuple(shape), documents, window, minor_series(version)
-
     chip, version, command = results["chip"], results["jax"], " ".join(results["command"])
-    measured, new = [], []
+    replaced, new = [], []
     for contest in contests:  # training needs both directions
-        result = results["contests"].get(contest.name)
-        if result is None or "forward" in contest.name:
+        result = results["contests"].get(contest.name, {})
+        if "forward" in contest.name or not ("error" in result or "done" in result):
             continue
-        measured.append(key(contest.op, contest.shape, contest.documents, contest.window, version))
-        source = {"date": result.get("date", results["date"]), "command": command}
-        row = as_row(contest, chip, result.get("contestants", {}), version, **source)
+        row, contestants = None, result.get("contestants", {})
+        if "done" in result:
+            source = {"date": result.get("date", results["date"]), "command": command}
+            row = as_row(contest, chip, contestants, version, **source)
+            if row is None and best_of(contestants, lambda name: name in OURS)[1]:
+                continue  # no other implementation has a time
         new += [row._asdict()] if row else []
+        replaced.append((row_key(contest), minor_series(version)))
 
     def key_of(row):
-        return key(
-            row["op"],
-            row["shape"],
-            row.get("documents", False),
-            row.get("window", 0),
-            row["jax"],
-        )
+        shape, mask = tuple(row["shape"]), (row.get("documents", False), row.get("window", 0))
+        return (row["op"], shape, *mask), minor_series(row["jax"])
 
-    return [*(row for row in old if key_of(row) not in measured), *new]
+    return [*(row for row in old if key_of(row) not in replaced), *new]
 
 
 def format_device(device: dict[str, Any]) -> str:
@@ -122,6 +199,9 @@ def format_results(
         )
     for name, seconds in result.get("tried", {}).items():
         yield f"    {name:40} {seconds if isinstance(seconds, str) else f'{seconds * 1e6:.1f} us'}"
-    for key, what in (("error", "finished"), ("tuning_error", "tuned")):
+    if untried := result.get("untried"):
+        yield f"    not tried yet: {', '.join(untried)}"
+    cut = "tuned" if result.get("done") else "finished"
+    for key, what in (("error", "finished"), ("tuning_error", "tuned"), ("cut", cut)):
         if key in result:
             yield f"  not {what}: {result[key]}"

@@ -30,11 +30,11 @@ class ChildProcess:
             start_new_session=True,
         )
 
-    def send_line(self) -> None:
-        """Writes an empty line to the child's stdin; no error if the child has ended."""
+    def send_line(self, text: str) -> None:
+        """Writes a line to the child's stdin; no error if the child has ended."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(b"\n")
+            self._process.stdin.write(f"{text}\n".encode())
             self._process.stdin.flush()
 
     def wait(self, limit_s: float) -> int | None:

@@ -27,6 +27,7 @@ class Contest(NamedTuple):
     hbm_bytes: float
     documents: bool = False  # attention is masked between documents
     window: int = 0  # keys that a query of attention sees; 0: all
+    shipped: bool = True  # whether a shipped model trains this shape
 
 
 def normal(key: jax.Array, *shapes: tuple[int, ...]) -> list[jax.Array]:

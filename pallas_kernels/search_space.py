@@ -2,8 +2,9 @@
 
 Time on a GPU is scarce, so bench tries a short list: at most eight tiles an op, which differ in
 what changes the speed. They compiled without spills (2026-11-26, jax 0.11.2); of the variants of
-attention's Mosaic bodies, only those that docs/speed_log.md names were compiled. A test compiles
-only the first tiles of attention on an A40, since all take minutes.
+attention's Mosaic bodies, only those that docs/speed_log.md names were compiled. A forward in four
+groups of warps spills with heads of 128, so it is tried only with heads of 64. A test compiles only
+the first tiles of attention on an A40, since all take minutes.
 """
 
 import itertools
@@ -26,6 +27,7 @@ from pallas_kernels.tiles import (
     body_of,
     default_tiles,
     has_mask_registers,
+    is_triton,
     kernel_tiles,
     mosaic_tiles,
     replace_tiles,
@@ -126,7 +128,9 @@ def candidates(op: str, arch: str) -> Iterator[tuple[str, OpTiles]]:
                 yield kernel, replace_tiles(default_tiles(op, arch), kernel, tiles)
 
 
-# arch -> op -> kernel -> tiles that bench --tune tries, the most promising first
+# arch -> op -> kernel -> tiles that bench --tune tries, the most promising first. "attention_64" is
+# for heads of up to 64, as in TILES; an H100's forwards there are in the order of their times on an
+# H200 (docs/h200_kernels.json).
 SHORTLIST: dict[str, dict[str, dict[str, tuple[KernelTiles, ...]]]] = {
     "sm_86": {
         "attention": {
@@ -167,14 +171,26 @@ SHORTLIST: dict[str, dict[str, dict[str, tuple[KernelTiles, ...]]]] = {
             "forward": (
                 MosaicAttentionTiles(128, 128, 2, variant="folded"),
                 MosaicAttentionTiles(192, 64, 3, variant="folded", groups=3),
-                MosaicAttentionTiles(256, 64, 4, variant="folded", groups=4),
                 MosaicAttentionTiles(128, 64, 4),
             ),
             "dkv": (MosaicAttentionTiles(64, 128, 3, variant="turns"),),
             "dq": (
                 MosaicAttentionTiles(256, 64, 3, variant="stored"),
                 MosaicAttentionTiles(128, 64, 3, variant="turns"),
-                AttentionTiles(64, 64, 8, 2),  # two blocks a multiprocessor at K=64, jax 0.10.2
+            ),
+        },
+        "attention_64": {
+            "forward": (
+                MosaicAttentionTiles(256, 64, 4, variant="folded", groups=4),
+                MosaicAttentionTiles(128, 128, 2, variant="folded"),
+                MosaicAttentionTiles(192, 64, 3, variant="folded", groups=3),
+                MosaicAttentionTiles(128, 64, 4),
+            ),
+            "dkv": (MosaicAttentionTiles(64, 128, 3, variant="turns"),),
+            "dq": (
+                MosaicAttentionTiles(256, 64, 3, variant="stored"),
+                MosaicAttentionTiles(128, 64, 3, variant="turns"),
+                AttentionTiles(64, 64, 8, 2),  # two blocks a multiprocessor, jax 0.10.2
             ),
         },
         "head": {
@@ -201,17 +217,22 @@ SHORTLIST: dict[str, dict[str, dict[str, tuple[KernelTiles, ...]]]] = {
 }
 
 
-def shortlist(op: str, arch: str, masked_K: int = 0) -> Iterator[tuple[str, KernelTiles]]:
+def shortlist(
+    op: str, arch: str, shape: tuple[float, ...] = (), masked: bool = False
+) -> Iterator[tuple[str, KernelTiles]]:
     """Yields (kernel, tiles) that bench --tune tries: first each kernel's most promising tiles.
 
     Args:
-        masked_K: the width of heads where documents or a window are masked, to leave out tiles
-            that spill registers there; 0: nothing is.
+        op, arch, shape: as in default_tiles.
+        masked: whether attention masks documents or a window, to leave out tiles that spill
+            registers there.
     """
-    kernels = SHORTLIST[arch].get(op, {})
+    table = SHORTLIST[arch]
+    narrow = op == "attention" and shape and shape[-1] <= 64
+    kernels = table.get("attention_64" if narrow else op, table.get(op, {}))
     for turn in itertools.zip_longest(*kernels.values()):
         for kernel, tiles in zip(kernels, turn, strict=True):
-            if tiles is None or (masked_K and not has_mask_registers(kernel, tiles, masked_K)):
+            if tiles is None or not (mosaic.USABLE or is_triton(tiles)):
                 continue
-            if mosaic.USABLE or body_of(tiles) != "mosaic":
+            if not masked or has_mask_registers(kernel, tiles, int(shape[-1])):
                 yield kernel, tiles

@@ -17,10 +17,21 @@ from pallas_kernels.contest import Contest
 from pallas_kernels.timing import Timing, first_line, time_calls
 
 
-def why_unavailable(device: str) -> str:
-    """Returns why torch cannot run on "cuda" or "cpu"; "" if it can."""
+def import_torch() -> str:
+    """Imports torch, which takes seconds. Returns why it cannot be imported; "" if it can."""
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed"
+    try:
+        import torch  # noqa: F401
+    except (ImportError, OSError) as error:  # a library that it needs is missing
+        return first_line(error)
+    return ""
+
+
+def why_unavailable(device: str) -> str:
+    """Returns why torch cannot run on "cuda" or "cpu"; "" if it can."""
+    if reason := import_torch():
+        return reason
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
@@ -125,12 +136,14 @@ CONTESTANTS = {
 }
 
 
-def torch_contestants(contest: Contest) -> dict[str, Callable]:
-    """Returns {name: function of the contest's arrays, passed as tensors in the same order}.
+def takes_part(contest: Contest) -> bool:
+    """Returns whether PyTorch has a contestant: its flash attention has no documents or window."""
+    return not (contest.documents or contest.window)
 
-    PyTorch's flash attention has neither documents nor a window, so contests with them have none.
-    """
-    return {} if contest.documents or contest.window else CONTESTANTS[contest.op](contest)
+
+def torch_contestants(contest: Contest) -> dict[str, Callable]:
+    """Returns {name: function of the contest's arrays, passed as tensors in the same order}."""
+    return CONTESTANTS[contest.op](contest) if takes_part(contest) else {}
 
 
 def as_tensors(arrays: Sequence[jax.Array]) -> list[Any]:
@@ -178,14 +191,15 @@ def _capture(function) -> Callable[[], Any]:
 def measure_torch(
     contest: Contest, inputs: Sequence[Sequence[jax.Array]], device: str
 ) -> Iterator[tuple[str, Timing | str]]:
-    """Times PyTorch's contestants. Yields (name, Timing or why it failed).
+    """Times PyTorch's contestants. Yields (name, Timing or why it failed); nothing without one.
 
     Args:
         inputs: sets of arrays that a timed call uses one after another.
         device: "cuda", or "cpu" for a trial.
     """
-    reason = why_unavailable(device)
-    if reason:
+    if not takes_part(contest):
+        return
+    if reason := why_unavailable(device):
         yield "torch", reason
         return
     import torch

@@ -20,16 +20,20 @@ if "half" in job["name"] or "list" in job["name"]:
     path.write_text('{"contestants": {' if "half" in job["name"] else "[]")
     sys.exit()
 contestants = {"xla": timed | {"median_s": 2e-3}}
-path.write_text(json.dumps({"contestants": contestants}))
+result = {"contestants": contestants}
+if job["tune_s"]:
+    untried = ["forward c"] * ("abort" in job["name"])
+    result |= {"tried": job["tried"] | {"forward b": 1e-3}, "untried": untried}
+path.write_text(json.dumps(result))
 if "chatty" in job["name"]:
     print("x" * 10_000_000, "\nthe last line", flush=True)
     sys.exit(7)
 if "documents" in job["name"] or ("square" in job["name"] and job["tune_s"]):
     time.sleep(60)
-if "head" in job["name"]:
+if "head" in job["name"] or ("abort" in job["name"] and job["tune_s"]):
     os.abort()
 if "square" in job["name"]:
     contestants["triton"] = "wrong: result 0 is 0.5 from float64, at most 0.003 is allowed"
 else:
     contestants["triton"] = timed | {"tiles": None}
-path.write_text(json.dumps({"contestants": contestants, "done": True}))
+path.write_text(json.dumps(result | {"done": True}))

@@ -36,6 +36,8 @@ if kind == "wrong":
     timing = {"median_s": 1e-6}
     contests = {"attention": {"contestants": {"triton": "wrong: off by 0.3", "xla": timing}}}
     contests |= {"norm": {"contestants": {"triton": timing, "tokamax": "it is not installed"}}}
+    contests = {name: contest | {"done": True} for name, contest in contests.items()}
+    contests |= {"head": {"contestants": {"xla": timing}}}
     path.write_text(json.dumps({"contests": contests}))
 if kind == "good":
     path.write_text(json.dumps({"value": 1}))
@@ -175,7 +177,8 @@ def test_a_kernel_that_is_wrong_is_listed_with_its_reason(suite):
     assert "norm" not in output.partition("Failed")[2]
     rows = first_day_results.read_rows(suite.out / "wrong.json")
     lines = first_day_results.summarize("kernels", rows)
-    assert lines == ["attention: no correct kernel was timed", "norm: triton 1 us"]
+    finished = ["attention: no correct kernel was timed", "norm: triton 1 us"]
+    assert lines == [*finished, "head: not finished"]
 
 
 def test_a_suite_that_is_killed_has_recorded_the_stage_that_was_running(suite, monkeypatch):

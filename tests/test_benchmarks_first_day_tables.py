@@ -49,15 +49,20 @@ TIMING = {"median_s": 2e-4, "low_s": 1e-4, "high_s": 3e-4, "fault": ""}
 KERNELS = {
     "attention both ways 8x2048x16:16x128": {
         "contestants": {"triton": TIMING, "cudnn": TIMING | {"median_s": 3e-4}},
+        "done": True,
         **FIRST,
     },
     "attention both ways 8x1024x12:12x64": {
         "contestants": {"tuned": TIMING, "cudnn": TIMING | {"median_s": 3e-4}},
         "tried": {"dq triton 64x64": 2e-4},
+        "done": True,
         **SECOND,
     },
-    "norm both ways 8192x768": {"contestants": {"triton": "wrong: off by 0.3", "xla": TIMING}}
-    | FIRST,
+    "norm both ways 8192x768": {
+        "contestants": {"triton": "wrong: off by 0.3", "xla": TIMING},
+        "done": True,
+        **FIRST,
+    },
 }
 TUNED = dict(op="norm", chip="h100", dtype="bfloat16", shape=[768], jax="0.11.2")
 TUNED |= dict(
@@ -252,7 +257,17 @@ def test_a_kernels_time_is_compared_with_the_target_of_its_card(share, verdict):
     for chip in ("a40", "h100"):
         target = read_targets()[chip][name]
         timing = {"median_s": share * target.serial_s}
-        result = {"chip": chip, "contests": {name: {"contestants": {"triton": timing}}}}
+        contest = {"contestants": {"triton": timing}, "done": True}
+        result = {"chip": chip, "contests": {name: contest}}
         figures += [figure.text for figure in kernel_figures([result])]
         assert f"(target <= {1e6 * target.serial_s:.0f} {verdict})" in figures[-1]
     assert figures[0] != figures[1]
+
+
+@pytest.mark.parametrize(
+    "ending", [{"cut": "after 9 s"}, {"error": "exit status -6"}, {"error": "hung", "hung": {}}]
+)
+def test_a_contest_that_was_not_finished_has_no_figure(ending):
+    contest = {"contestants": {"triton": TIMING, "cudnn": TIMING}}
+    assert list(kernel_figures([{"contests": {"attention": contest | {"done": True}}}]))
+    assert not list(kernel_figures([{"contests": {"attention": contest | ending}}]))

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.benchmarks.first_day_results import find_problems
+from jaxtrain.benchmarks.first_day_results import find_left, find_problems
 from jaxtrain.model.attention import ATTENTION as ATTENTION_ROUTES
-from pallas_kernels import bench, bench_plan, contest_process
+from pallas_kernels import bench, bench_plan, contest_process, search_space
 from pallas_kernels.bench_results import IN_TRAINING, as_row
 from pallas_kernels.contests import TINY, build_contests
 from pallas_kernels.correctness import compare, exact_results
 from pallas_kernels.result_files import find_commit
-from pallas_kernels.search_space import SHORTLIST
-from pallas_kernels.tiles import default_tiles
+from pallas_kernels.search_space import SHORTLIST, shortlist
+from pallas_kernels.tiles import AttentionTiles, MosaicAttentionTiles, default_tiles
 from pallas_kernels.torch_contests import as_tensors, measure_torch, torch_contestants
 
 CONTESTS = {contest.name: contest for contest in build_contests(TINY, interpret=True)}
@@ -161,7 +161,11 @@ def test_a_kernel_that_hangs_crashes_or_is_wrong_costs_only_its_own_row(
     assert text.index("plan: 5 contests at their default tiles") < text.index(f"{ATTENTION}\n")
     assert "wrong: result 0 is 0.5 from float64" in text
     assert text.count(f"not finished: {hung}") == 1  # it was not tuned
-    assert find_problems([{"contests": contests}])[0].startswith(f"{DOCUMENTS}: {hung}")
+    assert text.count(f"{HEAD}\n") == 1 and f"{HEAD}: not tuned, it crashed" in text
+    results = [json.loads((tmp_path / "results.json").read_text())]
+    problems = find_problems(results)
+    assert any(problem.startswith(f"{DOCUMENTS}: {hung}") for problem in problems)
+    assert not find_left(results)  # the time was not up
 
     assert {result["commit"] for result in contests.values()} == {find_commit()}
 
@@ -174,10 +178,53 @@ def test_a_kernel_that_hangs_crashes_or_is_wrong_costs_only_its_own_row(
     assert f"not finished: {hung}" in capsys.readouterr().out
 
 
-def test_a_contest_that_the_calls_deadline_cut_is_not_called_hung(monkeypatch, tmp_path):
+def test_a_contest_that_the_calls_deadline_cut_is_not_called_hung(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench.Bench, "_left_s", lambda self: 1.0)
+    monkeypatch.setattr(bench_plan, "FIRST_S", 0.5)
     contests = run_fake(monkeypatch, tmp_path, names=(DOCUMENTS,))
-    assert contests[DOCUMENTS]["error"] == "killed after 1 s" and "hung" not in contests[DOCUMENTS]
+    result = contests[DOCUMENTS]
+    assert result["cut"] == "cut after 1 s, when the minutes were up"
+    assert "hung" not in result and "error" not in result and "xla" in result["contestants"]
+    assert "not finished: cut after 1 s" in capsys.readouterr().out
+    results = [json.loads((tmp_path / "results.json").read_text())]
+    assert not find_problems(results)  # the next slice measures it
+    assert find_left(results) == ["1 contest at its default tiles"]
+
+
+@pytest.mark.parametrize("left_s, measured", [(31.0, 2), (29.0, 0)])
+def test_no_contest_starts_in_less_time_than_contests_take(
+    left_s, measured, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(bench.Bench, "_left_s", lambda self: left_s)
+    contests = run_fake(monkeypatch, tmp_path, "--minutes=7", names=(NORM, ATTENTION))
+    assert len(contests) == measured
+    why = f"{NORM}: not measured, only 29 s of the 7 minutes are left, and a contest takes 30 s\n"
+    assert (why in capsys.readouterr().out) == (not measured)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["left"] == ([] if measured else ["2 contests at their default tiles"])
+
+
+def test_a_contest_that_hung_or_is_tuned_is_not_taken_for_the_length_of_a_contest(
+    monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(bench_plan, "FIRST_S", 0.0)
+    needed = []
+
+    def why_no_time(taken_s, left_s, minutes):
+        needed.append(max(taken_s, default=0.0))
+        return ""
+
+    monkeypatch.setattr(bench, "why_no_time", why_no_time)
+    run_fake(monkeypatch, tmp_path, "--tune", names=(SQUARE, NORM))
+    assert len(needed) == 3 and max(needed) < 3.0
+    assert "hung: killed after all of its 3.5 s" in capsys.readouterr().out
+
+
+def test_the_time_that_a_contest_needs_is_that_of_the_longest_one_so_far():
+    can_start = lambda taken_s, left_s: not bench_plan.why_no_time(taken_s, left_s, 7.0)
+    assert [can_start([], s) for s in (29.0, 31.0)] == [False, True]
+    assert [can_start([18.0, 21.0, 12.0], s) for s in (20.0, 22.0)] == [False, True]
+    assert bench_plan.why_no_time([0.1], -1.0, 7.0) == "the 7 minutes are up"
 
 
 @pytest.mark.long
@@ -202,20 +249,20 @@ def test_results_of_another_device_or_jax_are_not_continued(fact, value, monkeyp
         run_fake(monkeypatch, tmp_path, "--resume")
 
 
-def test_the_plan_of_the_minutes_says_how_many_contests_there_are_and_which_fit():
-    contests = [CONTESTS[name] for name in (ATTENTION, HEAD, NORM)]
-    jobs = bench_plan.open_jobs(contests, {HEAD: {"done": True}}, tune=True, again=False)
-    lines = bench_plan.plan_lines(jobs, minutes=6.0)
-    assert [job.tune for job in jobs] == [False, False, True, True]
-    assert "2 contests at their default tiles, at most 2.5 minutes each" in lines[0]
-    assert "2 tuned, at most 3.5 minutes each; 12.0 minutes in all" in lines[0]
-    fits = f"at these limits 2 fit in 6.0 minutes, the first {ATTENTION}, the last {NORM}"
-    assert fits in lines[1]
-    assert "none fits" in bench_plan.plan_lines(jobs, minutes=1.0)[1]
-    assert "all fit" in bench_plan.plan_lines(jobs, minutes=12.0)[1]
-    assert not bench_plan.plan_lines([], minutes=6.0)
-
-
 def test_at_most_eight_tiles_of_an_op_are_tried():
     for ops in SHORTLIST.values():
         assert all(sum(map(len, kernels.values())) <= 8 for kernels in ops.values())
+
+
+@pytest.mark.parametrize("arch", SHORTLIST)
+def test_the_tiles_that_are_tried_for_attention_follow_the_width_of_its_heads(arch, monkeypatch):
+    monkeypatch.setattr(search_space.mosaic, "USABLE", True)
+    of_width = {K: set(shortlist("attention", arch, (4, 2_048, 16, 4, K))) for K in (64, 128)}
+    # They spill with heads of 128, or were chosen for the occupancy that heads of 64 have.
+    only_64 = {
+        ("forward", MosaicAttentionTiles(256, 64, 4, variant="folded", groups=4)),
+        ("dq", AttentionTiles(64, 64, 8, 2)),
+    }
+    assert of_width[64] - of_width[128] == (only_64 if arch == "sm_90" else set())
+    assert of_width[128] and of_width[128] <= of_width[64]
+    assert len(set(shortlist("square", arch, (768,)))) >= 6

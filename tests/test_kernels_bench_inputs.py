@@ -4,17 +4,25 @@ import json
 import os
 import signal
 import stat
+import sys
 import threading
+from types import SimpleNamespace
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import bench, contest_child, contest_process
+from pallas_kernels import bench, contest_child, contest_process, torch_contests
 from pallas_kernels.bench_results import merge_rows
 from pallas_kernels.child_process import ChildProcess
-from pallas_kernels.contest_child import ContestJob, run_contest
+from pallas_kernels.contest_child import ContestJob, ContestRun, run_contest
+from pallas_kernels.correctness import compare
 from pallas_kernels.result_files import lock_file, write_json
+from pallas_kernels.torch_contests import measure_torch
 from tests.test_kernels_bench import ATTENTION, CONTESTS, DOCUMENTS, NORM, run_fake, timed
+
+WINDOW = next(name for name in CONTESTS if "window" in name)
 
 
 @pytest.mark.parametrize("only", [["nrm"], ["norm", "nrm"]])
@@ -85,8 +93,8 @@ def test_an_interrupted_bench_ends_all_its_children(number, monkeypatch, tmp_pat
             super().__init__(*args)
             started.append(self._process)
 
-        def send_line(self):
-            super().send_line()
+        def send_line(self, text):
+            super().send_line(text)
             if len(started) == 3:  # the device's, the hanging one and the one that waits
                 threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
 
@@ -122,9 +130,11 @@ def test_what_the_time_did_not_allow_is_listed_and_done_by_the_next_call(
     names = (NORM, ATTENTION)
     assert run_fake(monkeypatch, tmp_path, "--minutes=1e-9", names=names) == {}
     left = [f"{name}: not measured, the 1e-09 minutes are up" for name in names]
-    assert capsys.readouterr().out.splitlines()[-2:] == left
+    left.append("left: 2 contests at their default tiles; --resume with the same --out continues")
+    assert capsys.readouterr().out.splitlines()[-3:] == left
     contests = run_fake(monkeypatch, tmp_path, "--resume", names=names)
     assert all(contests[name]["done"] for name in names)
+    assert "left:" not in capsys.readouterr().out
     (tmp_path / "tuned" / "h100.json").unlink()
     assert run_fake(monkeypatch, tmp_path, "--resume", names=names) == contests
     assert len(json.loads((tmp_path / "tuned" / "h100.json").read_text())) == 2
@@ -147,14 +157,33 @@ def test_saving_some_contests_keeps_the_rows_of_the_others():
         ROW | {"op": "square"},  # not measured now
         ROW | {"window": 512},  # not measured now
     ]
-    right = {"contestants": {"triton": timed(1.0, tiles=None), "xla": timed(2.0)}}
-    wrong = {"contestants": {"triton": "wrong", "xla": timed(2.0)}}
+    right = {"contestants": {"triton": timed(1.0, tiles=None), "xla": timed(2.0)}, "done": True}
+    wrong = {"contestants": {"triton": "wrong", "xla": timed(2.0)}, "done": True}
     results = {"chip": "h100", "jax": "0.11.7", "contests": {"norm": right, "norm 2": wrong}}
     results |= {"command": ["python"], "date": "2026-02-02"}
     rows = merge_rows(old, contests, results)
     assert rows[:-1] == [old[1], *old[3:]]
     assert rows[-1]["jax"] == "0.11.7" and rows[-1]["shape"] == (768,)
     assert rows[-1]["date"] == "2026-02-02" and rows[-1]["command"] == "python"
+
+
+OURS_AND_XLA = {"triton": timed(4.0, tiles=None), "xla": timed(3.0)}
+ENDINGS = {  # of a contest whose fastest body, Mosaic's, has no time; and whether the row stays
+    "cut before our kernel": ({"contestants": {"xla": timed(3.0)}, "cut": "after 9 s"}, True),
+    "cut before Mosaic's body": ({"contestants": OURS_AND_XLA, "cut": "after 9 s"}, True),
+    "crashed": ({"contestants": OURS_AND_XLA, "error": "exit status -6"}, False),
+    "hung": ({"contestants": OURS_AND_XLA, "error": "hung", "hung": {"limit_s": 150}}, False),
+    "no rival has a time": ({"contestants": {"triton": timed(4.0)}, "done": True}, True),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_contest_that_was_not_finished_adds_no_row_and_a_cut_one_removes_none(ending):
+    result, stays = ENDINGS[ending]
+    results = {"chip": "h100", "jax": "0.11.7", "contests": {"norm": result}}
+    results |= {"command": ["python"], "date": "2026-02-02"}
+    contest = CONTESTS[NORM]._replace(name="norm", shape=(768,))
+    assert merge_rows([ROW], [contest], results) == [ROW] * stays
 
 
 def test_a_damaged_table_is_an_error_before_anything_is_measured(tmp_path, monkeypatch):
@@ -199,3 +228,71 @@ def test_tuning_measures_no_other_implementation_and_ends_without_a_correct_kern
     assert list(saved["contestants"]) == ["triton"]
     assert saved["contestants"]["triton"].startswith("wrong")
     assert saved["done"] and saved["tried"] == {}
+
+
+def test_a_contestant_is_traced_once_for_all_inputs():
+    traces = []
+
+    def double(x):
+        traces.append(x.shape)
+        return 2 * x
+
+    contest = CONTESTS[NORM]._replace(
+        arrays=lambda key: [jax.random.normal(key, (4,))],
+        exact=lambda x: 2 * x.astype(jnp.float64),
+        tolerances=(1e-6,),
+    )
+    run = ContestRun(contest, save=lambda results: None)
+    compiled: Any = run.compile_all({"ours": double})["ours"]
+    assert traces == [(4,)]
+    results = compiled()
+    assert len(results) == len(run.inputs) == 2 and not jnp.array_equal(*results)
+    assert not compare(contest, compiled, run._exact).fault
+
+
+def test_all_children_share_a_cache_of_compiled_programs_beside_the_results(monkeypatch, tmp_path):
+    folders = []
+
+    class Recorded(ChildProcess):
+        def __init__(self, argv, output, env: Any):
+            super().__init__(argv, output, env)
+            folders.append(env["JAX_COMPILATION_CACHE_DIR"])
+
+    monkeypatch.setattr(contest_process, "ChildProcess", Recorded)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    run_fake(monkeypatch, tmp_path, names=(NORM,))
+    assert folders == [str(tmp_path / "results.json.cache")] * 2
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/mine")
+    run_fake(monkeypatch, tmp_path, names=(NORM,))
+    assert folders[2:] == ["/mine"] * 2
+
+
+@pytest.mark.parametrize(
+    "name, tune_s, imports",
+    [(NORM, 0.0, True), (NORM, 9.0, False), (DOCUMENTS, 0.0, False), (WINDOW, 0.0, False)],
+)
+def test_torch_is_imported_before_the_contests_turn_and_only_where_it_takes_part(
+    name, tune_s, imports, monkeypatch, tmp_path
+):
+    events, job = [], {"name": name, "tune_s": tune_s, "tiny": True}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    stdin = SimpleNamespace(readline=lambda: events.append("waits") or "9.0")
+    monkeypatch.setattr("sys.stdin", stdin)
+    monkeypatch.setattr(torch_contests, "import_torch", lambda: events.append("torch") or "")
+    monkeypatch.setattr(contest_child, "run_contest", lambda *args, **kw: events.append("runs"))
+    contest_child.main(["", str(tmp_path / "job.json"), ""])
+    assert events == ["torch"] * imports + ["waits", "runs"]
+
+
+@pytest.mark.parametrize("name", [DOCUMENTS, WINDOW])
+def test_a_contest_in_which_torch_takes_no_part_does_not_mention_it(name, monkeypatch):
+    monkeypatch.setattr(torch_contests, "import_torch", lambda: "torch is not installed")
+    assert not list(measure_torch(CONTESTS[name], [], "cuda"))
+    assert list(measure_torch(CONTESTS[NORM], [], "cuda")) == [("torch", "torch is not installed")]
+
+
+def test_a_torch_whose_libraries_are_missing_is_a_reason_and_no_crash(monkeypatch, tmp_path):
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so: not found')")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert torch_contests.import_torch() == "OSError: libcudart.so: not found"

@@ -87,13 +87,16 @@ def training_figures(rows: Sequence[Row]) -> Iterator[Figure]:
 
 
 def kernel_figures(rows: Sequence[Row]) -> Iterator[Figure]:
-    """Yields a figure for each contest in which a correct kernel of ours was timed.
+    """Yields a figure for each finished contest in which a correct kernel of ours was timed.
 
-    The stage `tune` measures our kernels again, so that a tuned contest's figure is its own.
+    A contest that was cut or crashed may lack the time of our fastest body. The stage `tune`
+    measures our kernels again, so that a tuned contest's figure is its own.
     """
     chips = {row["chip"] for row in rows if "chip" in row}
     targets = read_targets().get(chips.pop(), {}) if len(chips) == 1 else {}
     for name, result in contests(rows).items():
+        if not result.get("done"):
+            continue
         stages = "kernels,tune" if "tried" in result else "kernels"
         if text := kernel_figure(result, trial=False, target=targets.get(name)):
             yield Figure(name, text, result, stages)

@@ -163,10 +163,11 @@ def kernel_figure(result: Row, trial: bool, target: Target | None = None) -> str
 
 def _summarize_kernels(rows: Sequence[Row]) -> list[str]:
     trial = any(row.get("tiny") or row.get("trial") for row in rows)
-    return [
-        f"{name}: {kernel_figure(result, trial) or 'no correct kernel was timed'}"
-        for name, result in contests(rows).items()
-    ]
+    lines = []
+    for name, result in contests(rows).items():
+        figure = kernel_figure(result, trial) or "no correct kernel was timed"
+        lines.append(f"{name}: {figure if result.get('done') else 'not finished'}")
+    return lines
 
 
 def _summarize_training(rows: Sequence[Row]) -> list[str]:
