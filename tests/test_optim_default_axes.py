@@ -150,3 +150,10 @@ def test_axes_may_be_a_state_or_a_module_like_the_parameters():
     mlp = eqx.filter(eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0)), eqx.is_inexact_array)
     found = resolve_axes(jax.tree.map(declare, mlp), mlp)
     assert [str(a) for a in jax.tree.leaves(found)] == ["|D->F", "|F"] * 2
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 4)])
+def test_one_array_may_be_the_whole_tree(shape):
+    optimizer, x = muon(), jnp.ones(shape)
+    updates, _ = jax.eval_shape(optimizer.update, x, jax.eval_shape(optimizer.init, x), x)
+    assert updates.shape == shape

@@ -130,7 +130,7 @@ def _read_declared(axes: Any) -> dict[str, Axes | None]:
         x = x.get_value() if isinstance(x, nnx.Variable) else x
         if _is_axes(x):
             declared[name] = Axes.parse(x)
-        elif not name and x is not None:
+        elif not name and x is not None and not isinstance(x, optax.MaskedNode):
             raise ValueError(
                 f"axes must be a pytree of Axes or strings; got {x!r}. Pass other arguments by "
                 "name, such as learning_rate=0.02."
