@@ -21,7 +21,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxtrain.model.trees import ArrayTree
-from jaxtrain.optim import Hyperparameter, check_decay, is_number, is_zero
+from jaxtrain.optim import Hyperparameter, check_decay, how_to_set, is_number, is_zero
 from jaxtrain.optim.complete import AdamW, Rate, View, complete_optimizer
 from jaxtrain.optim.muon import scale_by_muon
 from jaxtrain.optim.newton_schulz import NewtonSchulz
@@ -115,9 +115,10 @@ def gradient_transport(
         buffer_dtype: type of the buffer; None means the parameter's, float32 at least.
 
     Raises:
-        ValueError: momentum is outside [0, 1), or strength is negative.
+        ValueError: momentum is outside [0, 1), or strength outside [0, 1].
     """
-    _check(momentum, strength, "optim.momentum")
+    check_decay(momentum, "momentum", "optim.momentum")
+    _check_strength(strength, reaches_one=True)
     inner = optax.with_extra_args_support(inner)
     if is_zero(strength):
         return inner
@@ -172,11 +173,8 @@ def ema_lookahead(
     Raises:
         ValueError: decay or strength is outside [0, 1).
     """
-    _check(decay, strength, "optim.lookahead_decay")
-    if is_number(strength) and strength >= 1:
-        raise ValueError(
-            f"optim.strength must be below 1 to look ahead; got {strength}. Set --optim.strength."
-        )
+    check_decay(decay, "decay", "optim.lookahead_decay")
+    _check_strength(strength, reaches_one=False)
     inner = optax.with_extra_args_support(inner)
     if is_zero(strength):
         return inner
@@ -250,10 +248,13 @@ def accelerated_lmo(
     )
 
 
-def _check(decay, strength, flag):
-    check_decay(decay, flag)
-    if is_number(strength) and not strength >= 0:
-        raise ValueError(f"optim.strength must be 0 or more; got {strength}. Set --optim.strength.")
+def _check_strength(strength, reaches_one):
+    is_known = is_number(strength) or not (callable(strength) or hasattr(strength, "dtype"))
+    in_range = is_number(strength) and (0 <= strength < 1 or (strength == 1 and reaches_one))
+    if is_known and not in_range:
+        valid = "in [0, 1]" if reaches_one else "in [0, 1)"
+        hint = how_to_set("strength", "optim.strength")
+        raise ValueError(f"strength must be {valid}; got {strength!r}. {hint}")
 
 
 def describe_evaluated_weights(opt_state: optax.OptState) -> str:

@@ -13,7 +13,7 @@ import optax
 
 from jaxtrain.axes import Axes
 from jaxtrain.model.trees import AxesTree
-from jaxtrain.optim import Hyperparameter, check_number, is_number
+from jaxtrain.optim import Hyperparameter, check_number, check_rate, is_number
 from jaxtrain.optim.adam import scale_by_adam
 from jaxtrain.optim.default_axes import build_for_params, named_params, resolve_axes
 from jaxtrain.optim.describe import report_groups
@@ -47,7 +47,7 @@ class AdamW(NamedTuple):
 
     def check(self) -> None:
         """Checks the rate and the decay; scale_by_adam checks the others."""
-        check_number(self.learning_rate, "adam_learning_rate")
+        check_rate(self.learning_rate, "adam_learning_rate")
         if self.weight_decay is not None:
             check_number(self.weight_decay, "adam_weight_decay")
 
@@ -132,9 +132,10 @@ def complete_optimizer(
         wrap: wraps the complete optimizer of the matrices, as gradient_transport does.
 
     Raises:
-        ValueError: a rate or a decay is no number of 0 or more, no array and no schedule.
+        ValueError: a decay is no number of 0 or more and no array, or a rate is neither of these
+            nor a schedule.
     """
-    check_number(learning_rate, "learning_rate")
+    check_rate(learning_rate, "learning_rate")
     check_number(weight_decay, "weight_decay")
     adam.check()
 

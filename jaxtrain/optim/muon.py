@@ -51,7 +51,7 @@ def scale_by_muon(
     Raises:
         ValueError: an option is unknown or out of range, or (at init) a parameter is no matrix.
     """
-    if isinstance(newton_schulz, str):
+    if not callable(newton_schulz):
         newton_schulz = NewtonSchulz(newton_schulz)
     options = {"scale": scale, "dtype": jnp.dtype(dtype), "per_head": per_head}
 
