@@ -132,8 +132,7 @@ def complete_optimizer(
         wrap: wraps the complete optimizer of the matrices, as gradient_transport does.
 
     Raises:
-        ValueError: a decay is no number of 0 or more and no array, or a rate is neither of these
-            nor a schedule.
+        ValueError: a rate or a decay is out of range, or a decay is a schedule.
     """
     check_rate(learning_rate, "learning_rate")
     check_number(weight_decay, "weight_decay")

@@ -53,6 +53,8 @@ def tail_average(
     Source: modded-nanogpt, track 3, results/20260611_tailema_2720_submission, which has horizon 150
     and weight 0.6
 
+    As with an accelerated optimizer, no later transform of a chain may change updates.
+
     Args:
         inner: a complete optimizer, rate and decay included.
         start: step after which the average starts, 1 or later.
