@@ -27,6 +27,7 @@ from flax import nnx
 
 from jaxtrain.axes import Axes
 from jaxtrain.model.trees import ArrayTree, AxesTree
+from jaxtrain.optim.explicit_mesh import explain_split_matrices
 
 GAIN_WORDS = {"b", "beta", "bias", "gain", "gamma", "offset", "scale"}  # last word of the name
 NORM_WORDS = re.compile(r"(\w*norm|ln)$")
@@ -248,8 +249,10 @@ def build_for_params(
     def update(updates, state, params=None, **extra):
         if params is not None:
             _check_gradients(updates, params)
-        optimizer = build(resolve_axes(axes, updates if params is None else params))
-        return optax.with_extra_args_support(optimizer).update(updates, state, params, **extra)
+        resolved = resolve_axes(axes, updates if params is None else params)
+        optimizer = optax.with_extra_args_support(build(resolved))
+        with explain_split_matrices(named_params(updates)[0], jax.tree.leaves(resolved)):
+            return optimizer.update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
