@@ -1,13 +1,16 @@
 """Arguments of the recipes: their values are checked, and errors name them."""
 
+import dataclasses
 import inspect
 import math
 import re
+from pathlib import Path
 
 import jax.numpy as jnp
 import optax
 import pytest
 
+from jaxtrain.config.sections import OptimConfig
 from jaxtrain.optim import Hyperparameter, recipes
 from jaxtrain.optim.acceleration import ema_lookahead, gradient_transport
 from jaxtrain.optim.clipping import clip_gradients
@@ -16,6 +19,7 @@ from jaxtrain.optim.recipes import accelerated_lmo, muon
 
 RECIPES = [muon, recipes.normuon, accelerated_lmo, recipes.soap, recipes.soap_muon]
 RECIPES += [recipes.muon_h, recipes.adam_h, recipes.muown]
+OWN_LOOP = Path(__file__).parent.parent / "docs" / "own_loop.md"
 PARAMS = {"w": jnp.ones((2, 3)), "bias": jnp.ones(3)}
 
 BAD_NUMBERS = [
@@ -131,3 +135,21 @@ def test_every_argument_of_a_recipe_is_named_as_injection_requires(recipe):
     kinds = {p.kind for p in inspect.signature(recipe).parameters.values()}
     assert kinds <= {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
     assert not any(callable(p.default) for p in inspect.signature(recipe).parameters.values())
+
+
+def test_the_page_states_the_defaults_of_every_recipe_and_of_the_trainer():
+    fields = ["learning_rate", "weight_decay", "momentum", "scale"]
+
+    def row(name, values):
+        cells = (f" {values[field]} " if field in values else " " for field in fields)
+        return f"| {name} |{'|'.join(cells)}|"
+
+    def defaults(recipe):
+        return {p.name: p.default for p in inspect.signature(recipe).parameters.values()}
+
+    rows = [row(f"`{recipe.__name__}`", defaults(recipe)) for recipe in RECIPES]
+    rows.append(row("the trainer, with any `optim.name`", dataclasses.asdict(OptimConfig())))
+    assert [line for line in rows if line not in OWN_LOOP.read_text().splitlines()] == []
+    adam = {"adam_learning_rate": 0.003, "adam_b1": 0.9, "adam_b2": 0.95, "adam_eps": 1e-8}
+    for values in (*map(defaults, RECIPES), dataclasses.asdict(OptimConfig())):
+        assert {name: values[name] for name in adam} == adam

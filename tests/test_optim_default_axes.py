@@ -1,13 +1,14 @@
 """The default rule for axes, on names that common libraries give, and axes that users declare."""
 
 import re
+from pathlib import Path
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 from jaxtrain.axes import Axes
 from jaxtrain.config.sections import OptimConfig
@@ -217,3 +218,20 @@ def test_a_star_that_matches_nothing_or_is_ambiguous_is_an_error():
 def test_a_star_may_match_only_parameters_that_are_masked():
     part = {"attn": optax.MaskedNode(), "w": jnp.ones((2, 3))}
     assert str(resolve_axes({"*.query.kernel": "|D->HK"}, part)["w"]) == "|I->O"
+
+
+def test_the_stars_of_the_page_declare_the_attention_of_flax():
+    page = Path(__file__).parent.parent / "docs" / "own_loop.md"
+    [code] = re.findall(r"```python\n(inward, .*?)```", page.read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+
+    class Blocks(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return [linen.MultiHeadDotProductAttention(2)(x) for _ in range(2)]
+
+    params = jax.eval_shape(Blocks().init, jax.random.key(0), jnp.ones((1, 3, 8)))
+    assert len(jax.tree.leaves(params)) == 16
+    found = jax.tree.leaves(jax.tree.map(str, resolve_axes(names["axes"], params)))
+    assert sorted(found) == sorted(2 * (3 * ["|D->HK"] + ["|HK->D"] + 3 * ["L|D"] + ["|D"]))
