@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxtrain.model.trees import ArrayTree
 from jaxtrain.optim import Hyperparameter, check_decay, how_to_set, is_number, is_zero
+from jaxtrain.optim.default_axes import is_variable
 from jaxtrain.optim.precision import average, widest, zero_buffers
 
 PARAMETERS, ITERATE = "the parameters", "the iterate, not the look-ahead point"
@@ -273,7 +273,6 @@ def eval_params(opt_state: optax.OptState, params: ArrayTree) -> ArrayTree:
             without a template; transforms follow a wrapper in a chain; or the arguments are
             exchanged.
     """
-    is_variable = lambda x: isinstance(x, nnx.Variable)
     arrays = lambda tree: jax.tree.map(
         lambda x: x.get_value() if is_variable(x) else x, tree, is_leaf=is_variable
     )

@@ -17,13 +17,13 @@ A parameter called `weight` has its outputs first, `|O<-I` or `|V<-I`, as in PyT
 import difflib
 import functools
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from jaxtrain.axes import Axes
 from jaxtrain.model.trees import ArrayTree, AxesTree
@@ -80,9 +80,16 @@ def _is_axes(x) -> bool:
     return isinstance(x, tuple) and bool(x) and all(map(is_names, x))
 
 
+def is_variable(x: Any) -> bool:
+    """Returns whether x is an nnx.Variable, without an import of Flax, which is slow."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(x, nnx.Variable)
+
+
 def _named(tree: Any, is_leaf: Callable[[Any], bool]) -> list[tuple[str, Any]]:
     """Returns [(name, leaf)]; an nnx.Variable is a leaf, so that names have no `.value`."""
-    stop = lambda x: x is None or isinstance(x, (nnx.Variable, optax.MaskedNode)) or is_leaf(x)
+    is_end = lambda x: x is None or isinstance(x, optax.MaskedNode) or is_variable(x)
+    stop = lambda x: is_end(x) or is_leaf(x)
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=stop)
     return [(jax.tree_util.keystr(path, simple=True, separator="."), x) for path, x in leaves]
 
@@ -140,7 +147,7 @@ def _read_declared(axes: Any) -> dict[str, Axes | None]:
     """Returns {name: Axes}; None as in an Equinox module that was filtered like the parameters."""
     declared = {}
     for name, x in _named({} if axes is None else axes, _is_axes):
-        x = x.get_value() if isinstance(x, nnx.Variable) else x
+        x = x.get_value() if is_variable(x) else x
         if _is_axes(x):
             try:
                 declared[name] = Axes.parse("".join(x.split()) if isinstance(x, str) else x)
