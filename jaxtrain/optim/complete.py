@@ -5,7 +5,7 @@ the recipe's direction and everything else follows AdamW.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from jaxtrain.optim.param_groups import (
 from jaxtrain.optim.rate_step import Schedule, scale_by_rate
 
 Rate = Hyperparameter | optax.Schedule
-Transform = optax.GradientTransformation
+Transform: TypeAlias = optax.GradientTransformation
 # build(direction, groups, axes, schedule) of an optimizer of matrices; the last three are as in
 # `keep_norms`.
 Stepper = Callable[[optax.GradientTransformationExtraArgs, Any, AxesTree, Schedule], Transform]

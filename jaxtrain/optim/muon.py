@@ -43,8 +43,9 @@ def scale_by_muon(
 
     Args:
         axes: see `resolve_axes`.
-        newton_schulz: a key of COEFFICIENTS, or the iteration itself. optax.inject_hyperparams
-            takes a NewtonSchulz() for a schedule unless static_args names newton_schulz.
+        newton_schulz: a key or rows of COEFFICIENTS, or the iteration itself.
+            optax.inject_hyperparams takes a NewtonSchulz() for a schedule unless static_args names
+            newton_schulz.
         momentum, nesterov, buffer_dtype: see `scale_by_lmo`.
         scale, dtype, per_head: see `build_unit_step`.
 

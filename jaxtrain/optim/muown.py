@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtrain.axes import Axes
 from jaxtrain.config.sections import OptimConfig
 from jaxtrain.model.trees import AxesTree
-from jaxtrain.optim import Hyperparameter, check_number, how_to_set, is_number, is_zero
+from jaxtrain.optim import Hyperparameter, check_number, is_number, is_zero
 from jaxtrain.optim.adam import scale_by_adam
 from jaxtrain.optim.complete import AdamW, Rate, View, complete_optimizer
 from jaxtrain.optim.muon import scale_by_muon
@@ -156,12 +156,12 @@ def muown(
     Raises:
         ValueError: final_radius is set without total_steps, or a number is out of range.
     """
-    check_number(final_radius, "final_radius", "optim.final_radius")
-    check_number(total_steps, "total_steps", "optim.total_steps")
+    check_number(final_radius, "final_radius")
+    check_number(total_steps, "total_steps")
     if is_number(total_steps) and total_steps < 2 and not is_zero(final_radius):
         raise ValueError(
             f"total_steps must be the steps of the run with final_radius={final_radius}; got "
-            f"{total_steps}. {how_to_set('total_steps', 'optim.total_steps')}"
+            f"{total_steps}. Set total_steps."
         )
     options = {"newton_schulz": newton_schulz, "momentum": momentum, "nesterov": nesterov}
     options |= {"scale": scale, "dtype": dtype, "buffer_dtype": buffer_dtype, "per_head": per_head}
