@@ -37,7 +37,8 @@ def accelerated_lmo(
 
     It must be the last transform of a chain: a later one that scales or projects its updates would
     leave a wrong iterate in the state. Change the rate by learning_rate=schedule or by
-    optax.inject_hyperparams.
+    optax.inject_hyperparams. Restore the state with a template of its types, such as
+    jax.eval_shape(optimizer.init, params).
 
     Args:
         strength: in [0, 1], or a schedule; see `gradient_transport`. The other arguments are those
