@@ -10,8 +10,8 @@ import pytest
 
 from jaxtrain.axes import Axes
 from jaxtrain.config.train_config import OptimConfig
+from jaxtrain.optim.accelerated_lmo import accelerated_lmo
 from jaxtrain.optim.acceleration import (
-    accelerated_lmo,
     ema_lookahead,
     eval_params,
     gradient_transport,

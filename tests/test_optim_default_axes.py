@@ -1,12 +1,14 @@
 """The default rule for axes, on names that common libraries give, and axes that users declare."""
 
 import re
+from pathlib import Path
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 from jaxtrain.axes import Axes
 from jaxtrain.config.sections import OptimConfig
@@ -150,3 +152,86 @@ def test_axes_may_be_a_state_or_a_module_like_the_parameters():
     mlp = eqx.filter(eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0)), eqx.is_inexact_array)
     found = resolve_axes(jax.tree.map(declare, mlp), mlp)
     assert [str(a) for a in jax.tree.leaves(found)] == ["|D->F", "|F"] * 2
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 4)])
+def test_one_array_may_be_the_whole_tree(shape):
+    optimizer, x = muon(), jnp.ones(shape)
+    updates, _ = jax.eval_shape(optimizer.update, x, jax.eval_shape(optimizer.init, x), x)
+    assert updates.shape == shape
+
+
+@pytest.mark.parametrize(
+    "axes, message",
+    [
+        ("I->O", "layer.w: axes must contain one '|' between stack and dims; got 'I->O'"),
+        ("L|I->", "layer.w: axes must have dims after the '|'"),
+        ("|I=>O", "layer.w: axes must name dims"),
+        (
+            ["|", "I", "O"],
+            "layer.w: axes must be tuples of names: stack, inputs and outputs; got [",
+        ),
+        (("layers", "in", "out"), "layer.w: axes must be tuples of names"),
+        ((("L",), "I", ("O",)), "layer.w: axes must be tuples of names"),
+    ],
+)
+def test_malformed_axes_name_their_parameter_when_an_optimizer_is_built(axes, message):
+    for tree in ({"layer.w": axes}, {"layer": {"w": axes}}):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            muon(axes=tree)
+
+
+def test_axes_may_have_spaces():
+    found = resolve_axes({"w": " L | I -> O ", "b": "L | D"}, {"w": X_LIO, "b": jnp.ones((2, 3))})
+    assert jax.tree.map(str, found) == {"w": "L|I->O", "b": "L|D"}
+
+
+X_LIO = jnp.ones((2, 3, 4))
+BLOCKS = {f"attn_{i}": {"query": {"kernel": X_LIO}, "out": {"kernel": X_LIO}} for i in range(6)}
+
+
+def test_a_long_list_of_names_is_cut_after_five():
+    with pytest.raises(ValueError, match=r"attn_2.out.kernel of shape \(2, 3, 4\), and 7 others"):
+        resolve_axes(None, BLOCKS)
+    wrong = {"attn_5.value.kernel": "|D->HK"}
+    with pytest.raises(ValueError, match="of attn_5.*, and 7 others; got attn_5.value.kernel"):
+        resolve_axes(wrong, BLOCKS)
+
+
+def test_a_star_in_a_name_stands_for_any_characters_and_a_full_name_comes_first():
+    axes = {"*.query.kernel": "|D->HK", "attn_*.out.kernel": "|HK->D", "attn_0.out.kernel": "L|DF"}
+    found = resolve_axes(axes, BLOCKS)
+    assert str(found["attn_5"]["query"]["kernel"]) == "|D->HK"
+    assert str(found["attn_5"]["out"]["kernel"]) == "|HK->D"
+    assert str(found["attn_0"]["out"]["kernel"]) == "L|DF"
+
+
+def test_a_star_that_matches_nothing_or_is_ambiguous_is_an_error():
+    with pytest.raises(ValueError, match=r"axes must name parameters.*got \*.value.kernel"):
+        resolve_axes({"*.kernel": "|D->HK", "*.value.kernel": "|D->HK"}, BLOCKS)
+    axes = {"*.kernel": "|D->HK", "*.out.kernel": "|HK->D"}
+    with pytest.raises(ValueError, match=r"attn_0.out.kernel from '\*.kernel' and '\*.out"):
+        resolve_axes(axes, BLOCKS)
+    resolve_axes({"*.kernel": "|D->HK", "*.query.kernel": "|D->HK"}, BLOCKS)
+
+
+def test_a_star_may_match_only_parameters_that_are_masked():
+    part = {"attn": optax.MaskedNode(), "w": jnp.ones((2, 3))}
+    assert str(resolve_axes({"*.query.kernel": "|D->HK"}, part)["w"]) == "|I->O"
+
+
+def test_the_stars_of_the_page_declare_the_attention_of_flax():
+    page = Path(__file__).parent.parent / "docs" / "own_loop.md"
+    [code] = re.findall(r"```python\n(inward, .*?)```", page.read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+
+    class Blocks(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return [linen.MultiHeadDotProductAttention(2)(x) for _ in range(2)]
+
+    params = jax.eval_shape(Blocks().init, jax.random.key(0), jnp.ones((1, 3, 8)))
+    assert len(jax.tree.leaves(params)) == 16
+    found = jax.tree.leaves(jax.tree.map(str, resolve_axes(names["axes"], params)))
+    assert sorted(found) == sorted(2 * (3 * ["|D->HK"] + ["|HK->D"] + 3 * ["L|D"] + ["|D"]))

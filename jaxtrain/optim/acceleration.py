@@ -2,8 +2,8 @@
 
 There are then two sets of weights. The run's parameters are the query point, where gradients are
 taken. The iterate is what the optimizer has reached: evaluation, sampling and export use it,
-through `eval_params(opt_state, params)`. A wrapper stores only the difference of the two. A good
-step is one with finite gradients.
+through `eval_params(opt_state, params)`. A wrapper stores only the difference of the two, so it
+must be the last transform that changes updates. A good step is one with finite gradients.
 
 At strength 0 the two coincide. Given the number 0, a wrapper returns the inner optimizer itself:
 compiled steps are then bitwise equal, and no buffer is stored. Given a schedule that returns 0,
@@ -11,23 +11,24 @@ they differ by rounding. The inner optimizer's step alone compiles to a fused mu
 parameter minus rate times direction, rounded once; the wrapper adds the offset's change in between.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxtrain.model.trees import ArrayTree
-from jaxtrain.optim import Hyperparameter, check_decay, is_number, is_zero
-from jaxtrain.optim.complete import AdamW, Rate, View, complete_optimizer
-from jaxtrain.optim.muon import scale_by_muon
-from jaxtrain.optim.newton_schulz import NewtonSchulz
+from jaxtrain.optim import Hyperparameter, check_decay, how_to_set, is_number, is_zero
+from jaxtrain.optim.default_axes import is_variable
 from jaxtrain.optim.precision import average, widest, zero_buffers
 
 PARAMETERS, ITERATE = "the parameters", "the iterate, not the look-ahead point"
+STATE_FIELDS = [  # of the wrappers' states here and in tail_average.py
+    {"count", "inner", *own}
+    for own in (["offset"], ["displacement", "reach"], ["average", "share"])
+]
 # A number, an array, or a function of the good steps.
 Strength = Hyperparameter | Callable[[jax.Array], jax.Array]
 
@@ -77,6 +78,39 @@ def _is_wrapper(node):
     return hasattr(node, "evaluated")
 
 
+def _is_wrapper_without_type(node):
+    """Whether a node is a wrapper's state that became a dict of its fields."""
+    return isinstance(node, Mapping) and set(node) in STATE_FIELDS
+
+
+def _has_wrapper(tree):
+    return any(map(_is_wrapper, jax.tree.leaves(tree, is_leaf=_is_wrapper)))
+
+
+def _is_chain_past_wrapper(node):
+    """Whether a node is the state of a chain in which transforms follow a wrapper."""
+    return type(node) is tuple and _has_wrapper(node[:-1])
+
+
+def _find_wrappers(opt_state):
+    """Returns the outermost wrappers' states; raises ValueError as eval_params does."""
+    stop = lambda x: _is_wrapper(x) or _is_wrapper_without_type(x) or _is_chain_past_wrapper(x)
+    nodes = jax.tree.leaves(opt_state, is_leaf=stop)
+    if any(map(_is_wrapper_without_type, nodes)):
+        raise ValueError(
+            "opt_state must have its types; got dicts or lists in place of an optimizer's states. "
+            "Restore it with a typed template, such as jax.eval_shape(optimizer.init, params)."
+        )
+    if any(map(_is_chain_past_wrapper, nodes)):
+        raise ValueError(
+            "accelerated_lmo or tail_average must be the last transform of optax.chain, as its "
+            "iterate does not follow what others do to its updates; got others after it. Put it "
+            "last, and change its rate by learning_rate=schedule or optax.inject_hyperparams. If "
+            "the others change no updates, pass its own part of the state."
+        )
+    return [node for node in nodes if _is_wrapper(node)]
+
+
 def _as_schedule(strength):
     at = strength if callable(strength) else lambda count: strength
     return lambda count: jnp.asarray(at(count), float)
@@ -115,9 +149,10 @@ def gradient_transport(
         buffer_dtype: type of the buffer; None means the parameter's, float32 at least.
 
     Raises:
-        ValueError: momentum is outside [0, 1), or strength is negative.
+        ValueError: momentum is outside [0, 1), or strength outside [0, 1].
     """
-    _check(momentum, strength, "optim.momentum")
+    check_decay(momentum, "momentum", "optim.momentum")
+    _check_strength(strength, reaches_one=True)
     inner = optax.with_extra_args_support(inner)
     if is_zero(strength):
         return inner
@@ -172,11 +207,8 @@ def ema_lookahead(
     Raises:
         ValueError: decay or strength is outside [0, 1).
     """
-    _check(decay, strength, "optim.lookahead_decay")
-    if is_number(strength) and strength >= 1:
-        raise ValueError(
-            f"optim.strength must be below 1 to look ahead; got {strength}. Set --optim.strength."
-        )
+    check_decay(decay, "decay", "optim.lookahead_decay")
+    _check_strength(strength, reaches_one=False)
     inner = optax.with_extra_args_support(inner)
     if is_zero(strength):
         return inner
@@ -209,59 +241,20 @@ def ema_lookahead(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def accelerated_lmo(
-    axes: Any = None,
-    learning_rate: Rate = 1e-3,
-    weight_decay: Hyperparameter = 0.1,
-    *,
-    strength: Strength = 0.25,
-    newton_schulz: str | NewtonSchulz = "jordan",
-    momentum: Hyperparameter = 0.9,
-    scale: str = "spectral_max",
-    dtype: DTypeLike = "bfloat16",
-    buffer_dtype: DTypeLike | None = None,
-    per_head: bool = False,
-    cautious_decay: bool = False,
-    adam_learning_rate: Rate = 3e-3,
-    adam_b1: Hyperparameter = 0.9,
-    adam_b2: Hyperparameter = 0.95,
-    adam_eps: Hyperparameter = 1e-8,
-    adam_weight_decay: Hyperparameter | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """Builds Muon with gradient transport for the matrices, and AdamW for everything else.
-
-    Transport replaces Nesterov's momentum. Evaluate at `eval_params(opt_state, params)`.
-
-    Args:
-        strength: see `gradient_transport`. The other arguments are those of `muon`.
-    """
-    options = {"newton_schulz": newton_schulz, "momentum": momentum, "nesterov": False}
-    options |= {"scale": scale, "dtype": dtype, "buffer_dtype": buffer_dtype, "per_head": per_head}
-    return complete_optimizer(
-        "accelerated_lmo",
-        lambda axes: scale_by_muon(axes, **options),
-        learning_rate,
-        weight_decay,
-        AdamW(adam_learning_rate, adam_b1, adam_b2, adam_eps, adam_weight_decay),
-        axes,
-        cautious_decay,
-        View("spectral", scale, per_head),
-        wrap=lambda inner: gradient_transport(inner, momentum, strength, buffer_dtype),
-    )
-
-
-def _check(decay, strength, flag):
-    check_decay(decay, flag)
-    if is_number(strength) and not strength >= 0:
-        raise ValueError(f"optim.strength must be 0 or more; got {strength}. Set --optim.strength.")
+def _check_strength(strength, reaches_one):
+    is_known = is_number(strength) or not (callable(strength) or hasattr(strength, "dtype"))
+    in_range = is_number(strength) and (0 <= strength < 1 or (strength == 1 and reaches_one))
+    if is_known and not in_range:
+        valid = "in [0, 1]" if reaches_one else "in [0, 1)"
+        hint = how_to_set("strength", "optim.strength")
+        raise ValueError(f"strength must be {valid}; got {strength!r}. {hint}")
 
 
 def describe_evaluated_weights(opt_state: optax.OptState) -> str:
     """Describes the weights that eval_params returns."""
     text = PARAMETERS
-    for node in jax.tree.leaves(opt_state, is_leaf=_is_wrapper):
-        if _is_wrapper(node):
-            text = node.describe(describe_evaluated_weights(node.inner))
+    for node in _find_wrappers(opt_state):
+        text = node.describe(describe_evaluated_weights(node.inner))
     return text
 
 
@@ -269,19 +262,27 @@ def eval_params(opt_state: optax.OptState, params: ArrayTree) -> ArrayTree:
     """Returns the weights to evaluate, export and sample with: the iterate, or an average of it.
 
     Args:
-        opt_state: any optax state; wrappers are found at any depth. A wrapper's state has a method
-            `evaluated(params)`.
+        opt_state: any optax state; wrappers are found at any depth, and without one params are
+            returned. A wrapper's state has a method `evaluated(params)`.
         params: the run's parameters, where gradients are taken.
 
     The iterate of an nnx.State has arrays in place of Variables; nnx.update and nnx.merge take it.
+
+    Raises:
+        ValueError: opt_state has dicts or lists in place of a wrapper's state, as after a restore
+            without a template; transforms follow a wrapper in a chain; or the arguments are
+            exchanged.
     """
-    is_variable = lambda x: isinstance(x, nnx.Variable)
     arrays = lambda tree: jax.tree.map(
         lambda x: x.get_value() if is_variable(x) else x, tree, is_leaf=is_variable
     )
-    for node in jax.tree.leaves(opt_state, is_leaf=_is_wrapper):
-        if _is_wrapper(node):
-            params = arrays(node).evaluated(arrays(params))
+    if _has_wrapper(params):
+        raise ValueError(
+            "params must be parameters; got an optimizer's state. Call "
+            "eval_params(opt_state, params)."
+        )
+    for node in _find_wrappers(opt_state):
+        params = arrays(node).evaluated(arrays(params))
     return params
 
 

@@ -42,9 +42,9 @@ def scale_by_adam(
     Raises:
         ValueError: b1 or b2 is outside [0, 1), or eps is negative.
     """
-    check_decay(b1, "optim.adam_b1")
-    check_decay(b2, "optim.adam_b2")
-    check_number(eps, "optim.adam_eps")
+    check_decay(b1, "adam_b1", "optim.adam_b1")
+    check_decay(b2, "adam_b2", "optim.adam_b2")
+    check_number(eps, "adam_eps", "optim.adam_eps")
 
     def init(params):
         return AdamState(jnp.zeros((), jnp.int32), zero_buffers(params), zero_buffers(params))

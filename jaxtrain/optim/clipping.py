@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtrain.optim import Hyperparameter, is_zero
+from jaxtrain.optim import Hyperparameter, check_number, is_zero
 from jaxtrain.optim.precision import widest
 
 
@@ -19,7 +19,12 @@ def clip_gradients(
         max_norm: the number 0 disables clipping.
         eps: added to the norm: the factor is min(1, max_norm / (norm + eps)). 1e-6 equals
             torch.nn.utils.clip_grad_norm_ (PyTorch 2.13, torch/nn/utils/clip_grad.py).
+
+    Raises:
+        ValueError: max_norm or eps is negative, or a schedule.
     """
+    check_number(max_norm, "max_norm", "optim.clip_norm")
+    check_number(eps, "eps", "optim.clip_eps")
     if is_zero(max_norm):
         return optax.identity()
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxtrain.optim import select_option
+from jaxtrain.optim import how_to_set, select_option
 
 
 class CoefficientTable(NamedTuple):
@@ -100,19 +100,21 @@ def coefficient_table(
         ValueError: no such table, a row is not three finite numbers, or steps is below 1.
     """
     if isinstance(coefficients, str):
-        table = select_option(COEFFICIENTS, coefficients, "optim.ns_coefficients")
+        table = select_option(COEFFICIENTS, coefficients, "optim.ns_coefficients", "newton_schulz")
     elif isinstance(coefficients, CoefficientTable):
         table = coefficients
     else:
         rows = coefficients if isinstance(coefficients, (tuple, list)) else ()
         if not rows or not all(map(_is_coefficient_row, rows)):
+            hint = how_to_set("newton_schulz", "optim.ns_coefficients")
             raise ValueError(
-                "optim.ns_coefficients must name a table or be rows of three finite numbers; got "
-                f"{coefficients!r}. Set --optim.ns_coefficients."
+                "newton_schulz must name a table of coefficients or be rows of three finite "
+                f"numbers; got {coefficients!r}. {hint}"
             )
         table = CoefficientTable(tuple(map(tuple, rows)), steps=len(rows))
     steps = table.steps if steps is None else steps
     if steps < 1:
-        raise ValueError(f"optim.ns_steps must be at least 1; got {steps}. Set --optim.ns_steps.")
+        hint = how_to_set("steps", "optim.ns_steps")
+        raise ValueError(f"steps must be at least 1; got {steps}. {hint}")
     rows = table.rows[:steps] + table.rows[-1:] * (steps - len(table.rows))
     return table._replace(rows=rows, steps=steps)

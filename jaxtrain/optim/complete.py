@@ -5,7 +5,7 @@ the recipe's direction and everything else follows AdamW.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import optax
 
 from jaxtrain.axes import Axes
 from jaxtrain.model.trees import AxesTree
-from jaxtrain.optim import Hyperparameter, check_number, is_number
+from jaxtrain.optim import Hyperparameter, check_number, check_rate, is_number
 from jaxtrain.optim.adam import scale_by_adam
 from jaxtrain.optim.default_axes import build_for_params, named_params, resolve_axes
 from jaxtrain.optim.describe import report_groups
@@ -30,7 +30,7 @@ from jaxtrain.optim.param_groups import (
 from jaxtrain.optim.rate_step import Schedule, scale_by_rate
 
 Rate = Hyperparameter | optax.Schedule
-Transform = optax.GradientTransformation
+Transform: TypeAlias = optax.GradientTransformation
 # build(direction, groups, axes, schedule) of an optimizer of matrices; the last three are as in
 # `keep_norms`.
 Stepper = Callable[[optax.GradientTransformationExtraArgs, Any, AxesTree, Schedule], Transform]
@@ -47,7 +47,7 @@ class AdamW(NamedTuple):
 
     def check(self) -> None:
         """Checks the rate and the decay; scale_by_adam checks the others."""
-        check_number(self.learning_rate, "adam_learning_rate")
+        check_rate(self.learning_rate, "adam_learning_rate")
         if self.weight_decay is not None:
             check_number(self.weight_decay, "adam_weight_decay")
 
@@ -132,9 +132,9 @@ def complete_optimizer(
         wrap: wraps the complete optimizer of the matrices, as gradient_transport does.
 
     Raises:
-        ValueError: a rate or a decay is no number of 0 or more, no array and no schedule.
+        ValueError: a rate or a decay is out of range, or a decay is a schedule.
     """
-    check_number(learning_rate, "learning_rate")
+    check_rate(learning_rate, "learning_rate")
     check_number(weight_decay, "weight_decay")
     adam.check()
 

@@ -14,18 +14,20 @@ capitals. Without declared axes a parameter is, in this order,
 A parameter called `weight` has its outputs first, `|O<-I` or `|V<-I`, as in PyTorch and Equinox.
 """
 
+import difflib
 import functools
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from jaxtrain.axes import Axes
 from jaxtrain.model.trees import ArrayTree, AxesTree
+from jaxtrain.optim.explicit_mesh import explain_split_matrices
 
 GAIN_WORDS = {"b", "beta", "bias", "gain", "gamma", "offset", "scale"}  # last word of the name
 NORM_WORDS = re.compile(r"(\w*norm|ln)$")
@@ -63,19 +65,31 @@ def default_axes_of(name: str, rank: int) -> Axes | None:
 
 
 def _is_axes(x) -> bool:
-    """Returns whether x describes one parameter: Axes, a string, or a tuple of tuples of names."""
+    """Returns whether x describes one parameter: Axes, a string, or a tuple of tuples of names.
+
+    So does a list or tuple with a bare name in it, which Axes.parse refuses. Otherwise each of its
+    letters would be taken for the axes of a parameter.
+    """
+    is_bare = lambda name: isinstance(name, str) and bool(re.fullmatch(r"\w*", name))
     is_names = lambda part: (
         isinstance(part, tuple)
         and not any(not isinstance(name, str) or "|" in name for name in part)
     )
-    return isinstance(x, (Axes, str)) or (
-        isinstance(x, tuple) and bool(x) and all(map(is_names, x))
-    )
+    if isinstance(x, (Axes, str)) or (type(x) in (list, tuple) and any(map(is_bare, x))):
+        return True
+    return isinstance(x, tuple) and bool(x) and all(map(is_names, x))
+
+
+def is_variable(x: Any) -> bool:
+    """Returns whether x is an nnx.Variable, without an import of Flax, which is slow."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(x, nnx.Variable)
 
 
 def _named(tree: Any, is_leaf: Callable[[Any], bool]) -> list[tuple[str, Any]]:
     """Returns [(name, leaf)]; an nnx.Variable is a leaf, so that names have no `.value`."""
-    stop = lambda x: x is None or isinstance(x, (nnx.Variable, optax.MaskedNode)) or is_leaf(x)
+    is_end = lambda x: x is None or isinstance(x, optax.MaskedNode) or is_variable(x)
+    stop = lambda x: is_end(x) or is_leaf(x)
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=stop)
     return [(jax.tree_util.keystr(path, simple=True, separator="."), x) for path, x in leaves]
 
@@ -92,6 +106,12 @@ def named_params(params: ArrayTree) -> tuple[list[tuple[str, Any]], set[str]]:
         if not inside:
             absent.add(name)
     return arrays, absent
+
+
+def _listed(entries: Sequence[str], most: int = 5) -> str:
+    """Joins entries by commas; those after the first few are only counted."""
+    rest = len(entries) - most
+    return ", ".join(entries[:most]) + (f", and {rest} others" if rest > 0 else "")
 
 
 def check_floating(params: ArrayTree) -> None:
@@ -117,7 +137,7 @@ def _check_gradients(grads: Any, params: ArrayTree) -> None:
     )
     wrong = [name for name in wanted | given if given.get(name) != wanted.get(name)]
     if wrong:
-        shapes = ", ".join(f"{n or 'one'} of {given.get(n)}, not {wanted.get(n)}" for n in wrong)
+        shapes = _listed([f"{n or 'one'} of {given.get(n)}, not {wanted.get(n)}" for n in wrong])
         raise ValueError(
             f"gradients must have the parameters' names and shapes (None: absent); got {shapes}."
         )
@@ -127,10 +147,13 @@ def _read_declared(axes: Any) -> dict[str, Axes | None]:
     """Returns {name: Axes}; None as in an Equinox module that was filtered like the parameters."""
     declared = {}
     for name, x in _named({} if axes is None else axes, _is_axes):
-        x = x.get_value() if isinstance(x, nnx.Variable) else x
+        x = x.get_value() if is_variable(x) else x
         if _is_axes(x):
-            declared[name] = Axes.parse(x)
-        elif not name and x is not None:
+            try:
+                declared[name] = Axes.parse("".join(x.split()) if isinstance(x, str) else x)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}" if name else str(error)) from None
+        elif not name and x is not None and not isinstance(x, optax.MaskedNode):
             raise ValueError(
                 f"axes must be a pytree of Axes or strings; got {x!r}. Pass other arguments by "
                 "name, such as learning_rate=0.02."
@@ -140,28 +163,57 @@ def _read_declared(axes: Any) -> dict[str, Axes | None]:
     return declared
 
 
+def _expand_stars(declared: dict[str, Axes | None], params: ArrayTree) -> dict[str, Axes | None]:
+    """Returns {name: axes}, where each declared name with a star is replaced by those it matches.
+
+    One that matches nothing stays, unless parameters are masked: it may be meant for these.
+    """
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
+    has_masked = any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked)))
+    found = {name: a for name, a in declared.items() if "*" not in name}
+    source: dict[str, str] = {}
+    for star in declared.keys() - found.keys():
+        pattern = re.compile(".*".join(map(re.escape, star.split("*"))))
+        names = [name for name, _ in named_params(params)[0] if pattern.fullmatch(name)]
+        if not (names or has_masked):
+            found[star] = declared[star]
+        for name in names:
+            other = source.setdefault(name, star)
+            if declared[other] != declared[star]:
+                pair = " and ".join(repr(s) for s in sorted((other, star)))
+                raise ValueError(
+                    f"names with a star must agree; got other axes of {name} from {pair}. Declare "
+                    f"{name} by its full name, which comes first."
+                )
+    return {name: declared[star] for name, star in source.items()} | found
+
+
 def resolve_axes(axes: Any, params: ArrayTree) -> AxesTree:
     """Returns a pytree of Axes like params: those declared, and the default rule's for the rest.
 
     Args:
         axes: None, a pytree like params or of any other containers with the same names, or a dict
-            {name: axes}. It may leave parameters out. Its leaves are strings, tuples or Axes.
+            {name: axes}. It may leave parameters out. Its leaves are strings, tuples or Axes. A
+            star in a name stands for any characters, also dots; a name without one comes first.
         params: arrays or ShapeDtypeStructs in any pytree: dicts, FrozenDict, nnx.State, Equinox
             modules. Leaves that are None or an optax.MaskedNode need no axes.
 
     Raises:
-        ValueError: axes name no parameter, do not fit its shape, or are missing where the rule
-            needs them; the message has the parameter's name and shape.
+        ValueError: axes name no parameter, do not fit its shape, differ between two names with a
+            star, or are missing where the rule needs them; the message has the parameter's name.
     """
-    declared = _read_declared(axes)
+    declared = _expand_stars(_read_declared(axes), params)
     arrays, absent = named_params(params)
     inside = lambda name: any(
         name == top or name.startswith(f"{top}.") or not top for top in absent
     )
     unknown = set(declared) - {name for name, _ in arrays}
     if unknown := sorted(name for name in unknown if not inside(name)):
-        names = ", ".join(name for name, _ in arrays)
-        got = ", ".join(name or f"{declared[name]} for the whole tree" for name in unknown)
+        near = difflib.get_close_matches(
+            unknown[0], [name for name, _ in arrays], max(len(arrays), 1), 0
+        )
+        names = _listed(near)
+        got = _listed([name or f"{declared[name]} for the whole tree" for name in unknown])
         raise ValueError(f"axes must name parameters, of {names}; got {got}.")
     for name in dict(arrays):
         if name in declared and declared[name] is None:
@@ -173,8 +225,8 @@ def resolve_axes(axes: Any, params: ArrayTree) -> AxesTree:
     missing = [f"{name} of shape {tuple(x.shape)}" for name, x in arrays if not axes_of(name, x)]
     if missing:
         raise ValueError(
-            f"parameters of three or more dims must have axes; got none for {', '.join(missing)}. "
-            "Set axes={'conv.kernel': '|HWI->O', 'attention.kernel': '|D->HK'}: the stack, a bar, "
+            f"parameters of three or more dims must have axes; got none for {_listed(missing)}. "
+            "Set axes={'conv.kernel': '|HWI->O', '*.query.kernel': '|D->HK'}: the stack, a bar, "
             "inputs -> outputs, one letter for each dim. Without an arrow AdamW steps it."
         )
     found = []
@@ -204,8 +256,10 @@ def build_for_params(
     def update(updates, state, params=None, **extra):
         if params is not None:
             _check_gradients(updates, params)
-        optimizer = build(resolve_axes(axes, updates if params is None else params))
-        return optax.with_extra_args_support(optimizer).update(updates, state, params, **extra)
+        resolved = resolve_axes(axes, updates if params is None else params)
+        optimizer = optax.with_extra_args_support(build(resolved))
+        with explain_split_matrices(named_params(updates)[0], jax.tree.leaves(resolved)):
+            return optimizer.update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

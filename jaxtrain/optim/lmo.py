@@ -106,8 +106,10 @@ def build_unit_step(
     """
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating type; got {dtype}. Set dtype.")
-    factor = select_option(SCALES, scale, "optim.scale")
-    unit = geometry if callable(geometry) else select_option(GEOMETRIES, geometry, "optim.geometry")
+    factor = select_option(SCALES, scale, "optim.scale", "scale")
+    unit = geometry
+    if not callable(unit):
+        unit = select_option(GEOMETRIES, unit, "optim.geometry", "geometry")
 
     def narrow(axes, x):  # before the all-to-all on a mesh, which then moves half the bytes
         x = x.astype(jnp.float64 if x.dtype == jnp.float64 else dtype)
@@ -150,7 +152,7 @@ def scale_by_lmo(
     Raises:
         ValueError: momentum is outside [0, 1), or an option is not in its table.
     """
-    check_decay(momentum, "optim.momentum")
+    check_decay(momentum, "momentum", "optim.momentum")
     step = build_unit_step(geometry, **options)
 
     def init(params):

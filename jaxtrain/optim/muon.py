@@ -43,15 +43,16 @@ def scale_by_muon(
 
     Args:
         axes: see `resolve_axes`.
-        newton_schulz: a key of COEFFICIENTS, or the iteration itself. optax.inject_hyperparams
-            takes a NewtonSchulz() for a schedule unless static_args names newton_schulz.
+        newton_schulz: a key or rows of COEFFICIENTS, or the iteration itself.
+            optax.inject_hyperparams takes a NewtonSchulz() for a schedule unless static_args names
+            newton_schulz.
         momentum, nesterov, buffer_dtype: see `scale_by_lmo`.
         scale, dtype, per_head: see `build_unit_step`.
 
     Raises:
         ValueError: an option is unknown or out of range, or (at init) a parameter is no matrix.
     """
-    if isinstance(newton_schulz, str):
+    if not callable(newton_schulz):
         newton_schulz = NewtonSchulz(newton_schulz)
     options = {"scale": scale, "dtype": jnp.dtype(dtype), "per_head": per_head}
 

@@ -157,6 +157,7 @@ def muown(
         ValueError: final_radius is set without total_steps, or a number is out of range.
     """
     check_number(final_radius, "final_radius")
+    check_number(total_steps, "total_steps")
     if is_number(total_steps) and total_steps < 2 and not is_zero(final_radius):
         raise ValueError(
             f"total_steps must be the steps of the run with final_radius={final_radius}; got "

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtrain.optim import Hyperparameter, is_number, is_zero
+from jaxtrain.optim import Hyperparameter, check_number, how_to_set, is_number, is_zero
 from jaxtrain.optim.precision import widest
 
 UNIFORM_BITS = 31  # of 32 random bits; the last one is the sign
@@ -52,12 +52,11 @@ def heavy_tailed_noise(
     Raises:
         ValueError: alpha or scale is out of range.
     """
-    if is_number(alpha) and not alpha > 1:
-        raise ValueError(f"optim.noise_tail must be above 1; got {alpha}. Set --optim.noise_tail.")
-    if is_number(scale) and not scale >= 0:
-        raise ValueError(
-            f"optim.noise_scale must be 0 or more; got {scale}. Set --optim.noise_scale."
-        )
+    check_number(alpha, "alpha", "optim.noise_tail")
+    check_number(scale, "scale", "optim.noise_scale")
+    if is_number(alpha) and alpha <= 1:
+        hint = how_to_set("alpha", "optim.noise_tail")
+        raise ValueError(f"alpha must be above 1; got {alpha}. {hint}")
     if is_zero(scale):
         return optax.with_extra_args_support(optax.identity())
 

@@ -43,7 +43,7 @@ def balance_neurons(
     Raises:
         ValueError: decay is outside [0, 1).
     """
-    check_decay(decay, "optim.neuron_decay")
+    check_decay(decay, "neuron_decay", "optim.neuron_decay")
     mean_squares = build_mean_squares(mesh)
 
     def whole(x_X1O):  # XLA would otherwise split it like the updates, and communicate for each

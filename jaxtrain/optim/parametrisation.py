@@ -15,17 +15,18 @@ https://arxiv.org/abs/2505.01618 (depth, Adam's eps)
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import optax
 
 from jaxtrain.axes import Axes
 from jaxtrain.config.sections import OptimConfig
-from jaxtrain.config.train_config import TrainConfig
-from jaxtrain.model.initialization import embedding_std
-from jaxtrain.model.transformer import Model
 from jaxtrain.model.trees import ArrayTree, AxesTree, named_leaves
+
+if TYPE_CHECKING:
+    from jaxtrain.config.train_config import TrainConfig
+    from jaxtrain.model.transformer import Model
 
 
 class Factors(NamedTuple):
@@ -116,13 +117,15 @@ def scale_by_size(
     return optax.GradientTransformationExtraArgs(direction.init, update)
 
 
-def scale_initial_values(cfg: TrainConfig, model: Model) -> Model:
+def scale_initial_values(cfg: "TrainConfig", model: "Model") -> "Model":
     """Returns the model with an `init` that is scaled by width and depth.
 
     Matrices and an untied head need no factor: their standard initial values have it.
     """
     if cfg.optim.parametrisation == "standard":
         return model
+    from jaxtrain.model.initialization import embedding_std  # has Flax, which recipes do without
+
     base = dataclasses.replace(cfg.model, D=cfg.optim.base_width)
     has_head = has_own_head(model.axes)
 

@@ -26,7 +26,7 @@ from jaxtrain.axes import Axes
 from jaxtrain.config.sections import OptimConfig
 from jaxtrain.distributed.mesh import platform
 from jaxtrain.model.trees import AxesTree
-from jaxtrain.optim import Hyperparameter, check_decay, is_number
+from jaxtrain.optim import Hyperparameter, check_decay, check_number, how_to_set, is_number
 from jaxtrain.optim.chunks import GPU_CHUNK_BYTES, map_chunks
 from jaxtrain.optim.lmo import buffer_dtype
 from jaxtrain.optim.owners import from_owners, ownership, to_owners
@@ -207,15 +207,14 @@ def precondition(
     Raises:
         ValueError: decay, every or max_side is out of range.
     """
-    check_decay(decay, "optim.precondition_decay")
-    if is_number(every):
-        _check_count("precondition_every", every)
+    check_decay(decay, "decay", "optim.precondition_decay")
+    _check_count(every, "every")
     if not is_number(max_side):
         raise ValueError(
             f"max_side decides shapes, so it must be a number; got {max_side}. Give "
             'optax.inject_hyperparams static_args=("max_side",).'
         )
-    _check_count("precondition_max_side", max_side)
+    _check_count(max_side, "max_side")
     all_axes, treedef = jax.tree.flatten(axes)
     default_bytes = CPU_CHUNK_BYTES if platform() == "cpu" else GPU_CHUNK_BYTES
     most_bytes = default_bytes if chunk_bytes is None else chunk_bytes
@@ -256,9 +255,12 @@ def precondition(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check_count(field, value):
-    if value < 1:
-        raise ValueError(f"optim.{field} must be 1 or more; got {value}. Set --optim.{field}.")
+def _check_count(value, argument):
+    flag = f"optim.precondition_{argument}"
+    check_number(value, argument, flag)
+    if is_number(value) and value < 1:
+        hint = how_to_set(argument, flag)
+        raise ValueError(f"{argument} must be 1 or more; got {value}. {hint}")
 
 
 def _on_owners(step_all, axes, mesh):

@@ -121,8 +121,9 @@ def keep_norms(
         for name, x in named_params(norm)[0]:
             if not isinstance(x, Tracer) and not jnp.all(x):
                 raise ValueError(
-                    "optim.name=muon_h and adam_h need matrices that are not zero, whose norm they "
-                    f"keep; got a zero matrix in {name}. Set --model.init_std or --optim.name."
+                    "muon_h and adam_h need matrices that are not zero, whose norm they keep; got "
+                    f"a zero matrix in {name}. Initialise it otherwise (--model.init_std), or use "
+                    "another optimizer (--optim.name)."
                 )
         return SphereState(jnp.zeros((), jnp.int32), norm)
 

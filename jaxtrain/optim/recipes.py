@@ -4,7 +4,8 @@ docs/own_loop.md shows them in loops of Flax, Equinox and plain JAX. A new recip
 `complete_optimizer`, in its own module.
 """
 
-from jaxtrain.optim.acceleration import accelerated_lmo, eval_params
+from jaxtrain.optim.accelerated_lmo import accelerated_lmo
+from jaxtrain.optim.acceleration import eval_params
 from jaxtrain.optim.default_axes import resolve_axes
 from jaxtrain.optim.describe import describe, group_rows
 from jaxtrain.optim.muon import muon, scale_by_muon

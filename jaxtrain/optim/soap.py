@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtrain.config.sections import OptimConfig
 from jaxtrain.model.trees import AxesTree
 from jaxtrain.ops.routes import Route
-from jaxtrain.optim import Hyperparameter, check_decay
+from jaxtrain.optim import Hyperparameter, check_decay, check_number
 from jaxtrain.optim.adam import bias_correction
 from jaxtrain.optim.complete import AdamW, Rate, complete_optimizer
 from jaxtrain.optim.default_axes import build_for_matrices
@@ -56,7 +56,8 @@ def scale_by_soap(
     Raises:
         ValueError: an argument is out of range, or (at init) a parameter is no matrix.
     """
-    check_decay(momentum, "optim.momentum")
+    check_decay(momentum, "momentum", "optim.momentum")
+    check_number(eps, "eps", "optim.adam_eps")
 
     def direction(g_XIO, state, progress):
         started = progress.has_bases

@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from jaxtrain.config.sections import OptimConfig
 from jaxtrain.model.trees import AxesTree
 from jaxtrain.ops.routes import Route
-from jaxtrain.optim import Hyperparameter, check_decay
+from jaxtrain.optim import Hyperparameter, check_decay, check_number
 from jaxtrain.optim.complete import AdamW, Rate, View, complete_optimizer
 from jaxtrain.optim.default_axes import build_for_matrices
 from jaxtrain.optim.lmo import build_unit_step
@@ -75,8 +75,9 @@ def scale_by_soap_muon(
     Raises:
         ValueError: an argument is out of range, or (at init) a parameter is no matrix.
     """
-    check_decay(momentum, "optim.momentum")
-    if isinstance(newton_schulz, str):
+    check_decay(momentum, "momentum", "optim.momentum")
+    check_number(eps, "eps")
+    if not callable(newton_schulz):
         newton_schulz = NewtonSchulz(newton_schulz)
     unit_step = build_unit_step(newton_schulz, **options)
 

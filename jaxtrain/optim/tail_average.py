@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxtrain.model.trees import ArrayTree
+from jaxtrain.optim import how_to_set
 from jaxtrain.optim.acceleration import eval_params
 from jaxtrain.optim.precision import zero_buffers
 
@@ -52,6 +53,8 @@ def tail_average(
     Source: modded-nanogpt, track 3, results/20260611_tailema_2720_submission, which has horizon 150
     and weight 0.6
 
+    As with an accelerated optimizer, no later transform of a chain may change updates.
+
     Args:
         inner: a complete optimizer, rate and decay included.
         start: step after which the average starts, 1 or later.
@@ -61,16 +64,14 @@ def tail_average(
     Raises:
         ValueError: an argument is out of range.
     """
-    for flag, value, valid in [
-        ("tail_average", start, start >= 1),
-        ("tail_horizon", horizon, horizon >= 1),
-        ("tail_weight", weight, 0 <= weight <= 1),
+    for argument, value, is_valid, valid, flag in [
+        ("start", start, start >= 1, "1 or more", "tail_average"),
+        ("horizon", horizon, horizon >= 1, "1 or more", "tail_horizon"),
+        ("weight", weight, 0 <= weight <= 1, "in [0, 1]", "tail_weight"),
     ]:
-        if not valid:
-            raise ValueError(
-                "the average must start at step 1 or later, with tail_horizon at least 1 and "
-                f"tail_weight in [0, 1]; got {value}. Set --optim.{flag}."
-            )
+        if not is_valid:
+            hint = how_to_set(argument, f"optim.{flag}")
+            raise ValueError(f"{argument} must be {valid}; got {value}. {hint}")
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
