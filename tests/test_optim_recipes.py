@@ -3,6 +3,8 @@
 import functools
 import inspect
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 
 import equinox as eqx
@@ -299,3 +301,9 @@ def test_describe_prints_a_table_of_every_parameter(capsys):
     assert "column_norm" in capsys.readouterr().out
     with pytest.raises(ValueError, match="optimizer must come from"):
         recipes.describe(optax.adam(0.1), tree())
+
+
+def test_recipes_do_not_import_flax():
+    code = "import sys, jaxtrain.optim.recipes; print([m for m in sys.modules if 'flax' in m])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

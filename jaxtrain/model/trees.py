@@ -1,10 +1,12 @@
 """Parameter trees: nested dicts of arrays, and dicts of the same structure with their Axes."""
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
-from flax import nnx
+
+if TYPE_CHECKING:
+    from flax import nnx
 
 ArrayTree: TypeAlias = Any  # pytree of arrays or ShapeDtypeStructs
 AxesTree: TypeAlias = Any  # pytree of Axes
@@ -16,8 +18,10 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
 
 
-def param_tree(state: nnx.State, leaf: Callable[[tuple, nnx.Variable], Any]) -> dict[str, Any]:
+def param_tree(state: "nnx.State", leaf: "Callable[[tuple, nnx.Variable], Any]") -> dict[str, Any]:
     """Returns leaf(path, variable) for each Param of an nnx state, as a plain nested dict."""
+    from flax import nnx  # here, as the import is slow and jaxtrain.optim does without it
+
     tree: dict[Any, Any] = {}
     for path, variable in nnx.to_flat_state(state):
         node = tree
