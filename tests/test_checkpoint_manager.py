@@ -26,8 +26,8 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint._src.futures import synchronization
 
 from jaxtrain.checkpoint.integrity import FORMAT
-from jaxtrain.checkpoint.manager import Checkpoints
-from jaxtrain.checkpoint.shared_store import SharedStore
+from jaxtrain.checkpoint.manager import STORAGE, Checkpoints
+from jaxtrain.checkpoint.shared_store import SharedStore, _ArraysHandler
 from jaxtrain.errors import CheckpointError, SaveFailed
 
 
@@ -147,6 +147,8 @@ def test_leaves_that_cannot_be_stored_are_refused(tmp_path):
                 checkpoints.save(1, {"a": {"x": leaf}}, {})
         with pytest.raises(ValueError, match=r"a, float32\[2,0\]"):
             checkpoints.save(1, {"a": jnp.zeros((2, 0))}, {})
+        with pytest.raises(ValueError, match="must contain an array; got none"):
+            checkpoints.save(1, {"w": None}, {})
         with pytest.raises(ValueError, match="unique"):
             checkpoints.save(1, {"a": {"x": jnp.zeros(1)}, "a.x": jnp.zeros(1)}, {})
         with pytest.raises(ValueError, match="key_data"):
@@ -211,6 +213,34 @@ def test_an_error_in_the_run_does_not_damage_the_save_before_it(tmp_path):
             checkpoints.save(1, state, {})
             raise KeyboardInterrupt
     assert_same(Checkpoints(tmp_path, 1).restore(abstract(state)).state, state)
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+def test_after_a_save_that_raised_no_call_waits_for_it(tmp_path, storage):
+    state = {"w": jnp.arange(4)}
+    delete = lambda: state["w"].delete()
+    checkpoints = Checkpoints(tmp_path, 2, storage=storage, before_save=delete)
+    with pytest.raises(Exception, match="deleted"):
+        checkpoints.save(1, state, {})
+    assert not checkpoints.is_saving()  # else wait, the next save and __exit__ would never return
+    with checkpoints:
+        checkpoints.save(1, {"w": jnp.arange(4)}, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_after_ctrl_c_within_a_save_no_call_waits_for_it(tmp_path, monkeypatch):
+    async def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    checkpoints = Checkpoints(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(_ArraysHandler, "async_save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(1, {"w": jnp.arange(4)}, {})
+    assert not checkpoints.is_saving()
+    with checkpoints:
+        checkpoints.save(1, {"w": jnp.arange(4)}, {})
+    assert checkpoints.steps() == [1]
 
 
 def test_orbax_logs_nothing_and_our_own_lines_are_logged(tmp_path, caplog):

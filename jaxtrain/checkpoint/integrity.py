@@ -117,7 +117,8 @@ def flatten_state(state: Any) -> dict[str, Any]:
     """Returns `{"params.embed.w": leaf, ...}`; the containers' classes do not change the paths.
 
     Raises:
-        ValueError: a leaf is empty, or neither array nor ShapeDtypeStruct; or two share a path.
+        ValueError: a leaf is empty, or neither array nor ShapeDtypeStruct; two share a path; or
+            there is none.
     """
     flat = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(state):
@@ -132,6 +133,8 @@ def flatten_state(state: Any) -> dict[str, Any]:
         if path in flat:
             raise ValueError(f"paths of a state must be unique; got {path!r} twice. Rename a key.")
         flat[path] = leaf
+    if not flat:
+        raise ValueError("a state must contain an array; got none.")
     return flat
 
 

@@ -129,22 +129,23 @@ class Checkpoints:
                 f"{self.folder}. Resume from it, or set another --workdir."
             )
         self._saving = step
-        with self._remove_unfinished_on_error(step):
+        with self._remove_unfinished_on_error(step, BaseException):  # on Ctrl-C too
             self.storage.save(step, leaves, record)
         return time.perf_counter() - start
 
     @contextlib.contextmanager
-    def _remove_unfinished_on_error(self, step: int | None) -> Iterator[None]:
-        """Turns errors of the file system into SaveFailed, and removes the unfinished step."""
+    def _remove_unfinished_on_error(
+        self, step: int | None, kind: type[BaseException] = Exception
+    ) -> Iterator[None]:
+        """Removes the unfinished step, and turns errors of the file system into SaveFailed."""
         try:
             yield
-        except Exception as error:
+        except kind as error:
             reason = describe_storage_error(error, self.folder)
-            if reason is None and not isinstance(error, SaveFailed):
-                raise
             if step is not None:
-                self.storage.discard(step)  # its files may be what fills the disk
-            if isinstance(error, SaveFailed):
+                # Its files may be what fills the disk, and Orbax would call it running for ever.
+                self.storage.discard(step)
+            if reason is None or isinstance(error, SaveFailed):
                 raise
             raise SaveFailed(f"checkpoint {step} was not saved: {reason}") from error
 
