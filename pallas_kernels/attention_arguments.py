@@ -145,19 +145,24 @@ def tiles_for_device(
     documents: bool,
     interpret: bool,
     window: int | None,
+    device: Any = None,
 ) -> FlashAttentionTiles:
-    """Returns the tiles with which the trainer runs attention of these arrays on this device.
+    """Returns the tiles with which the trainer runs attention of these arrays on a device.
+
+    Args:
+        device: a jax.Device; None: the default one.
 
     Raises:
-        ValueError: the default device is not a GPU that the kernels are compiled for.
+        ValueError: the device is not a GPU that the kernels are compiled for.
     """
     if interpret:
         return default_tiles("attention", "sm_86")
-    device: Any = get_default_device()
+    device = device or get_default_device()
     capability = str(getattr(device, "compute_capability", "")).replace(".", "")
     arch, chip = f"sm_{capability}", chip_of_kind(device.device_kind)
     if arch not in TILES:
-        raise needs_gpu(f"flash_attention ({' or '.join(TILES)})", device.device_kind)
+        wanted = f"a GPU of {' or '.join(TILES)}"
+        raise needs_gpu("flash_attention", device.device_kind, wanted)
     (B, T, H, K), (S, G) = q_BTHK.shape, k_BSGK.shape[1:3]
     # Mosaic's bodies take lengths of up to 8 or a multiple of 8, and choose_body knows only one.
     length = next((n for n in (T, S) if n > 8 and n % 8), S)

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import jax
 
 
-def needs_gpu(name: str, device: str) -> ValueError:
+def needs_gpu(name: str, device: str, wanted: str = "a GPU") -> ValueError:
     """Returns the error for a kernel that is not interpreted and has no GPU that it supports."""
     return ValueError(
-        f"the kernel {name} needs a GPU; got {device}. Pass interpret=True, which is slow and for "
-        "tests, or call its reference implementation, *_reference in the same module."
+        f"the kernel {name} needs {wanted}; got {device}. Pass interpret=True, which is slow "
+        "and for tests, or call its reference implementation, *_reference in the same module."
     )
 
 

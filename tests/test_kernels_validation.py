@@ -1,13 +1,18 @@
 """The kernels refuse arguments that they would read out of bounds, naming them and their values."""
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxtrain.config.train_config import ModelConfig
+from jaxtrain.ops.devices import chip_name
+from jaxtrain.ops.routes import choose_routes
 from pallas_kernels.add_norm import add_norm
+from pallas_kernels.attention_arguments import tiles_for_device
 from pallas_kernels.flash_attention import flash_attention, flash_attention_reference
 from pallas_kernels.head_scores import head_scores
 from pallas_kernels.qk_rope import qk_rope
@@ -19,6 +24,8 @@ from pallas_kernels.tiles import (
     MosaicAttentionTiles,
     MosaicProductTiles,
     ProductTiles,
+    body_of,
+    default_tiles,
 )
 
 BLOCKS = FlashAttentionTiles(*(AttentionTiles(16, 16, 4, 1),) * 3)
@@ -226,11 +233,34 @@ def test_by_default_attention_has_no_documents_and_the_tiles_of_the_device():
     assert jnp.allclose(o, flash_attention_reference(q, k, k), atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [0, 256])
+@pytest.mark.parametrize("kind, capability", [("NVIDIA H100 80GB HBM3", "9.0"), ("A40", "8.6")])
+def test_the_tiles_of_a_device_are_those_of_the_trainers_route(kind, capability, window):
+    q, k = (jax.ShapeDtypeStruct((8, 1_024, heads, 64), jnp.bfloat16) for heads in (9, 3))
+    device = SimpleNamespace(device_kind=kind, compute_capability=capability)
+    tiles = tiles_for_device(q, k, False, False, window or None, device)
+    model = ModelConfig(attention="flash", H=9, G=3, K=64, window=window, dtype="bfloat16")
+    where = {"arch": f"sm_{capability.replace('.', '')}", "chip": chip_name(device)}
+    assert tiles == choose_routes(model, False, "gpu", False, **where)["attention"].tiles
+    odd = jax.ShapeDtypeStruct((8, 1_031, 3, 64), jnp.bfloat16)  # no Mosaic body takes 1,031 keys
+    assert body_of(tiles_for_device(q, odd, False, False, None, device).dq) != "mosaic"
+
+
+def test_an_architecture_without_tiles_is_refused_with_those_that_have_some():
+    with pytest.raises(ValueError, match="must be one of sm_86, sm_90; got 'cpu'"):
+        default_tiles("attention", "cpu")
+    a100 = SimpleNamespace(device_kind="NVIDIA A100-SXM4-80GB", compute_capability="8.0")
+    with pytest.raises(ValueError, match="needs a GPU of sm_86 or sm_90; got NVIDIA A100"):
+        tiles_for_device(f32(1, 8, 1, 16), f32(1, 8, 1, 16), False, False, None, a100)
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the GPU would run the kernel")
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
 def test_without_a_gpu_the_error_names_interpret_and_the_reference(wrap):
     attend = lambda q: flash_attention(q, q, q)
-    with pytest.raises(ValueError, match=r"needs a GPU; got cpu\. Pass interpret=True.*_reference"):
+    with pytest.raises(
+        ValueError, match=r"GPU of sm_.*; got cpu\. Pass interpret=True.*_reference"
+    ):
         wrap(attend)(f32(1, 32, 1, 16))
 
 
