@@ -84,7 +84,8 @@ def check_tiles(name: str, tiles: Any, kinds: Any, multiples: dict[str, int]) ->
     sizes = {k: size for k, size in tiles._asdict().items() if k not in ("body", "variant")}
     for field, size in sizes.items():
         if not isinstance(size, int) or size < 1:
-            got = f"{size!r}.{explain_traced(size, name)}"
+            argument = name.partition(".")[0]
+            got = f"{size!r}.{explain_traced(size, argument)}"
             raise ValueError(f"{name}.{field} must be a positive integer; got {got}")
         if not is_triton(tiles):
             multiple = multiples.get(field, 1)

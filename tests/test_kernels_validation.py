@@ -280,8 +280,9 @@ def test_without_a_gpu_a_kernel_called_outside_of_jit_says_so(kernel):
     ],
 )
 def test_a_setting_that_jit_traces_is_refused_with_what_makes_it_static(traced, name):
+    bound = name.partition(" ")[0].partition(".")[0]
     q, static = f32(1, 32, 1, 16), {} if "interpret" in traced else {"interpret": True}
-    with pytest.raises(ValueError, match=rf"{name}.*functools\.partial.*static_argnames"):
+    with pytest.raises(ValueError, match=rf"{name}.*bind {bound} before with functools\.partial"):
         jax.jit(functools.partial(flash_attention, **static))(q, q, q, **traced)
 
 
