@@ -30,11 +30,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from pallas_kernels import flash_attention_backward, key_blocks, triton
+from pallas_kernels.attention_arguments import (
+    check_attention,
+    check_attention_tiles,
+    check_documents,
+    check_positions,
+    tiles_for_device,
+)
 from pallas_kernels.attention_mask import exponent_scale, sees_itself, visible_pairs
 from pallas_kernels.call_flops import WINDOW_SCOPE
 from pallas_kernels.tile_order import EMPTY_ROW_LSE, LOWEST, MASKED
 from pallas_kernels.tiles import FlashAttentionTiles, body_of
-from pallas_kernels.validation import check_attention
 
 
 def flash_attention_reference(
@@ -49,8 +55,13 @@ def flash_attention_reference(
 
     A query that sees no key gives 0; one whose scores are all -inf gives nan. Returns [B,T,H,K] in
     q.dtype.
+
+    Raises:
+        ValueError: T > S, or one of docs_BT and docs_BS is given without the other.
     """
     (B, T, H, K), (S, G) = q_BTHK.shape, k_BSGK.shape[1:3]
+    check_positions(T, S)
+    check_documents(docs_BT, docs_BS)
     wide = jnp.promote_types(q_BTHK.dtype, jnp.float32)
     q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
     s = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=wide) * K**-0.5
@@ -112,9 +123,9 @@ def flash_attention(
     q_BTHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGK: jax.Array,
-    docs_BT: jax.Array | None,
-    docs_BS: jax.Array | None,
-    blocks: FlashAttentionTiles,
+    docs_BT: jax.Array | None = None,
+    docs_BS: jax.Array | None = None,
+    blocks: FlashAttentionTiles | None = None,
     interpret: bool = False,
     window: int | None = None,
 ) -> jax.Array:
@@ -122,9 +133,10 @@ def flash_attention(
 
     Args:
         q_BTHK, k_BSGK, v_BSGK: bfloat16, float16 or float32; K is a power of two of at least 16,
-            H a multiple of G.
+            H a multiple of G, and T at most S.
         docs_BT, docs_BS: the document of each query and key, int32 >= 0, or both None.
-        blocks: the tiles of the three kernels; the type of each selects the kernel's body.
+        blocks: the tiles of the three kernels; the type of each selects the kernel's body. None:
+            those that the trainer uses on the current device. Under jax.jit they must be static.
         interpret: runs without a GPU, for tests.
         window: how many of the keys up to its own position a query sees, at least 1; None: all.
 
@@ -133,9 +145,13 @@ def flash_attention(
         is "attention"; that of the log-sum-exp, which the backward needs, is "attention_lse".
 
     Raises:
-        ValueError: check_attention refuses the arguments, or the Mosaic body that the tiles select.
+        ValueError: an argument is not as described here, or the Mosaic body that the tiles select
+            does not support it; or there is no GPU, and interpret is not set.
     """
-    check_attention(q_BTHK, k_BSGK, v_BSGK, docs_BT, docs_BS, blocks, interpret, window)
+    check_attention(q_BTHK, k_BSGK, v_BSGK, docs_BT, docs_BS, interpret, window)
+    if blocks is None:
+        blocks = tiles_for_device(q_BTHK, k_BSGK, docs_BT is not None, interpret, window)
+    check_attention_tiles(blocks)
     return _attend(q_BTHK, k_BSGK, v_BSGK, docs_BT, docs_BS, blocks, interpret, window)
 
 

@@ -27,8 +27,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.extend.backend import get_default_device
 
+from pallas_kernels.kernel_call import without_derivative
 from pallas_kernels.ptxas import explain_missing_mosaic
-from pallas_kernels.validation import without_derivative
 
 REASON = explain_missing_mosaic()
 USABLE = not REASON

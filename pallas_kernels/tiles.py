@@ -238,7 +238,12 @@ def default_tiles(op: str, arch: str, shape: tuple[float, ...] = ()) -> Any:
     Args:
         shape: the op's sizes, as in kernel_choice.BenchRow. Attention's tiles depend on the width
             of its heads; without a shape they are those of wide heads.
+
+    Raises:
+        ValueError: there are no tiles for this architecture.
     """
+    if arch not in TILES:
+        raise ValueError(f"a GPU's architecture must be one of {', '.join(TILES)}; got {arch!r}.")
     table = TILES[arch]
     if op == "attention":
         return table.get("attention_64" if shape and shape[-1] <= 64 else op, table[op])

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.validation import without_derivative
+from pallas_kernels.kernel_call import without_derivative
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)

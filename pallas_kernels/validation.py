@@ -1,10 +1,10 @@
-"""Checks the arguments of the kernels, and refuses derivatives that they do not have.
+"""Checks the arguments of the kernels.
 
 On a GPU a kernel reads and writes without bounds checks, so wrong sizes would corrupt memory.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,13 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.tiles import (
-    MOSAIC_VARIANTS,
-    AmpereAttentionTiles,
     AmpereProductTiles,
-    AttentionTiles,
-    DqProductTiles,
-    FlashAttentionTiles,
-    MosaicAttentionTiles,
     MosaicProductTiles,
     ProductTiles,
     body_of,
@@ -31,35 +25,24 @@ KEPT = ("", "logits", "exponentials")  # what head_scores keeps for a gradient
 SMALLEST_TILE = 16  # rows, columns and depth of the smallest product of a tensor core
 
 
-def without_derivative(kernel: Callable, name: str) -> Callable:
-    """Returns the function; its derivative raises ValueError with the reason.
-
-    The gradients of a public function are kernels too, so its second derivative ends here.
-    """
-
-    @jax.custom_jvp
-    def call(*arrays):
-        return kernel(*arrays)
-
-    @call.defjvp
-    def refuse(primals, tangents):
-        del primals, tangents
-        raise ValueError(
-            "derivatives of a kernel must be of first order and in reverse mode (jax.grad, jax.vjp)"
-            f"; got a derivative of the kernel {name} itself, as in a gradient of a gradient. Use "
-            "the reference implementation."
-        )
-
-    return call
-
-
-def _describe(x):
+def describe(x: Any) -> str:
+    """Returns an array's dtype and shape, or the type and value of anything else."""
     if not isinstance(x, (jax.Array, np.ndarray)):
         return f"{type(x).__name__} {x!r}"
     return f"{x.dtype}[{', '.join(map(str, x.shape))}]"
 
 
-class _Sizes(dict):
+def explain_traced(x: Any, name: str) -> str:
+    """Returns what to do if jax.jit has traced an argument that is no array; "" if it has not."""
+    if not isinstance(x, jax.core.Tracer):
+        return ""
+    return (
+        f" jax.jit has traced it: bind {name} before with functools.partial, or name it in "
+        "static_argnames."
+    )
+
+
+class Sizes(dict):
     """The size of each letter, taken from the first array that has it."""
 
     def check(self, name: str, x: Any, dims: Sequence[str | int], dtypes: Sequence[Any]) -> None:
@@ -80,16 +63,16 @@ class _Sizes(dict):
             types = " or ".join(str(jnp.dtype(t)) for t in dtypes)
             raise ValueError(
                 f"{name} must be {types} [{', '.join(map(str, wanted))}] without an empty dimension"
-                f"; got {_describe(x)}."
+                f"; got {describe(x)}."
             )
         self.update((d, n) for d, n in zip(dims, x.shape, strict=True) if isinstance(d, str))
 
 
-def _is_power_of_two(n):
+def is_power_of_two(n: int) -> bool:
     return n > 0 and n & (n - 1) == 0
 
 
-def _check_tiles(name, tiles, kinds, multiples):
+def check_tiles(name: str, tiles: Any, kinds: Any, multiples: dict[str, int]) -> None:
     """Raises ValueError unless the tiles have one of the types, and sizes that its body supports.
 
     Args:
@@ -101,114 +84,37 @@ def _check_tiles(name, tiles, kinds, multiples):
     sizes = {k: size for k, size in tiles._asdict().items() if k not in ("body", "variant")}
     for field, size in sizes.items():
         if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name}.{field} must be a positive integer; got {size!r}.")
+            argument = name.partition(".")[0]
+            got = f"{size!r}.{explain_traced(size, argument)}"
+            raise ValueError(f"{name}.{field} must be a positive integer; got {got}")
         if not is_triton(tiles):
             multiple = multiples.get(field, 1)
             if size % multiple:
                 raise ValueError(f"{name}.{field} must be a multiple of {multiple}; got {size}.")
-        elif field in multiples and (size < SMALLEST_TILE or not _is_power_of_two(size)):
+        elif field in multiples and (size < SMALLEST_TILE or not is_power_of_two(size)):
             raise ValueError(
                 f"{name}.{field} must be a power of two of at least {SMALLEST_TILE}; got {size}."
             )
-        elif field == "warps" and not (_is_power_of_two(size) and size <= 32):
+        elif field == "warps" and not (is_power_of_two(size) and size <= 32):
             raise ValueError(f"{name}.warps must be a power of two of at most 32; got {size}.")
 
 
-def _check_slots(name, tiles):
+def check_slots(name: str, tiles: Any) -> None:
     """Raises ValueError unless a body for Ampere can fill one slot while it reads another."""
     if body_of(tiles) == "ampere" and tiles.stages < 2:
         raise ValueError(f"{name}.stages must be at least 2; got {tiles.stages}.")
 
 
-def check_attention(
-    q_BTHK: Any,
-    k_BSGK: Any,
-    v_BSGK: Any,
-    docs_BT: Any,
-    docs_BS: Any,
-    blocks: Any,
-    interpret: bool,
-    window: Any,
-) -> None:
-    """Raises ValueError if flash_attention does not support these arguments."""
-    sizes = _Sizes()
-    sizes.check("q_BTHK", q_BTHK, "BTHK", PRODUCT_TYPES)
-    sizes.check("k_BSGK", k_BSGK, "BSGK", [q_BTHK.dtype])
-    sizes.check("v_BSGK", v_BSGK, "BSGK", [q_BTHK.dtype])
-    H, G, K = (sizes[letter] for letter in "HGK")
-    if H % G:
-        raise ValueError(
-            f"the heads H of q_BTHK must be a multiple of the heads G of k_BSGK; got H={H}, G={G}."
-        )
-    narrowest = 1 if interpret else SMALLEST_TILE
-    if K < narrowest or not _is_power_of_two(K):
-        raise ValueError(
-            f"the head width K of q_BTHK must be a power of two of at least {narrowest}; got K={K}."
-        )
-    if (docs_BT is None) != (docs_BS is None):
-        got = ", ".join(
-            f"{name}={x if x is None else _describe(x)}"
-            for name, x in (("docs_BT", docs_BT), ("docs_BS", docs_BS))
-        )
-        raise ValueError(f"docs_BT and docs_BS must both be arrays or both be None; got {got}.")
-    if docs_BT is not None:
-        sizes.check("docs_BT", docs_BT, "BT", [jnp.int32])
-        sizes.check("docs_BS", docs_BS, "BS", [jnp.int32])
-    if window is not None and (type(window) is not int or window < 1):
-        raise ValueError(
-            "window must be the number of keys that a query sees, at least 1, or None for all; got "
-            f"{window!r}. Set --model.window, where 0 is all."
-        )
-    if not isinstance(blocks, FlashAttentionTiles):
-        raise ValueError(f"blocks must be FlashAttentionTiles; got {blocks!r}.")
-    for kernel, tiles in blocks._asdict().items():
-        queries, keys = (64, 128) if kernel == "dkv" else (64 * getattr(tiles, "groups", 2), 64)
-        kinds = AttentionTiles, MosaicAttentionTiles
-        if kernel == "dq":
-            kinds += (DqProductTiles,)
-        if kernel == "forward":  # the only one that has a body for Ampere
-            kinds += (AmpereAttentionTiles,)
-            queries, keys = (64, 16) if body_of(tiles) == "ampere" else (queries, keys)
-        _check_tiles(f"blocks.{kernel}", tiles, kinds, {"queries": queries, "keys": keys})
-        _check_slots(f"blocks.{kernel}", tiles)
-        variant, known = getattr(tiles, "variant", ""), MOSAIC_VARIANTS[kernel]
-        if variant not in known:
-            raise ValueError(f"blocks.{kernel}.variant must be in {known}; got {variant!r}.")
-        groups = getattr(tiles, "groups", 2)
-        if groups not in ((2, 3, 4) if variant == "folded" else (2,)):
-            raise ValueError(
-                f"blocks.{kernel}.groups must be 2, or 3 or 4 with the variant 'folded'; got "
-                f"{groups}."
-            )
-    if getattr(blocks.dq, "variant", "") == "stored":
-        if not isinstance(blocks.dkv, MosaicAttentionTiles):
-            raise ValueError(
-                "blocks.dkv must be MosaicAttentionTiles where blocks.dq.variant is 'stored'; got "
-                f"{blocks.dkv!r}."
-            )
-        group = blocks.dq.queries // 2  # dkv stores what a warp group of dq reads
-        if group % blocks.dkv.queries:
-            raise ValueError(
-                f"half of blocks.dq.queries={blocks.dq.queries} must be a multiple of "
-                f"blocks.dkv.queries; got {blocks.dkv.queries}."
-            )
-    if isinstance(blocks.dq, DqProductTiles) and not isinstance(blocks.dkv, AttentionTiles):
-        raise ValueError(
-            "blocks.dkv must be AttentionTiles where blocks.dq are DqProductTiles, which multiply "
-            f"what Triton's kernel stores; got blocks.dkv={blocks.dkv!r}."
-        )
-
-
 def _check_product_tiles(tiles, *other_kinds):
     multiples = {"rows": 128, "columns": 32, "depth": 16, "size": 64}
-    _check_tiles("tiles", tiles, (ProductTiles, MosaicProductTiles, *other_kinds), multiples)
+    check_tiles("tiles", tiles, (ProductTiles, MosaicProductTiles, *other_kinds), multiples)
 
 
 def check_head_scores(
     h_ND: Any, w_VD: Any, targets_N: Any, tiles: Any, softcap: float, keep: str
 ) -> None:
     """Raises ValueError if head_scores does not support these arguments."""
-    sizes = _Sizes()
+    sizes = Sizes()
     sizes.check("h_ND", h_ND, "ND", PRODUCT_TYPES)
     sizes.check("w_VD", w_VD, "VD", [h_ND.dtype])
     sizes.check("targets_N", targets_N, "N", [jnp.int32])
@@ -220,7 +126,7 @@ def check_head_scores(
     # Scores.softmax infers the columns from the number of tiles, and the body for Hopper stores
     # what is kept in strips of up to 64 columns.
     narrow = body_of(tiles) == "mosaic" and tiles.columns < 64
-    if narrow or not _is_power_of_two(tiles.columns):
+    if narrow or not is_power_of_two(tiles.columns):
         raise ValueError(
             "tiles.columns must be a power of two, of at least 64 for the Mosaic body; got "
             f"{tiles.columns}."
@@ -229,7 +135,7 @@ def check_head_scores(
 
 def check_symmetric(x_XMN: Any, y_XMN: Any, c_XMM: Any, scales: Sequence[Any], tiles: Any) -> None:
     """Raises ValueError if symmetric does not support these arguments; y and c may be None."""
-    sizes = _Sizes()
+    sizes = Sizes()
     sizes.check("x_XMN", x_XMN, "XMN", PRODUCT_TYPES)
     if y_XMN is not None:
         sizes.check("y_XMN", y_XMN, "XMN", [x_XMN.dtype])
@@ -244,7 +150,7 @@ def check_symmetric(x_XMN: Any, y_XMN: Any, c_XMM: Any, scales: Sequence[Any], t
     if isinstance(tiles, AmpereProductTiles):
         if tiles.depth not in (32, 64):
             raise ValueError(f"tiles.depth must be 32 or 64; got {tiles.depth}.")
-        _check_slots("tiles", tiles)
+        check_slots("tiles", tiles)
     if isinstance(tiles, ProductTiles) and tiles.columns != tiles.rows:
         raise ValueError(f"tiles.columns must equal tiles.rows={tiles.rows}; got {tiles.columns}.")
     if isinstance(tiles, MosaicProductTiles) and tiles.columns not in (tiles.rows // 2, tiles.rows):
@@ -256,9 +162,9 @@ def check_symmetric(x_XMN: Any, y_XMN: Any, c_XMM: Any, scales: Sequence[Any], t
 def _check_floating(name, x):
     """Raises ValueError unless x is an array of a floating type with at least one dim."""
     if not isinstance(x, (jax.Array, np.ndarray)) or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{name} must be an array of a floating type; got {_describe(x)}.")
+        raise ValueError(f"{name} must be an array of a floating type; got {describe(x)}.")
     if x.ndim == 0:
-        raise ValueError(f"{name} must have at least one dimension; got {_describe(x)}.")
+        raise ValueError(f"{name} must have at least one dimension; got {describe(x)}.")
 
 
 def _check_eps(eps):
@@ -269,7 +175,7 @@ def _check_eps(eps):
 def check_add_norm(h_XD: Any, y_XD: Any, gain_D: Any, bias_D: Any, form: str, eps: float) -> None:
     """Raises ValueError if add_norm does not support these arguments; y and bias may be None."""
     _check_floating("h_XD", h_XD)
-    check = _Sizes().check
+    check = Sizes().check
     check("h_XD", h_XD, h_XD.shape, [h_XD.dtype])
     if y_XD is not None:
         check("y_XD", y_XD, h_XD.shape, [h_XD.dtype])
@@ -284,7 +190,7 @@ def check_add_norm(h_XD: Any, y_XD: Any, gain_D: Any, bias_D: Any, form: str, ep
 def check_qk_rope(x_BTHK: Any, gain_K: Any, cos_TK: Any, sin_TK: Any, eps: float) -> None:
     """Raises ValueError if qk_rope does not support these arguments."""
     _check_floating("x_BTHK", x_BTHK)
-    sizes = _Sizes()
+    sizes = Sizes()
     sizes.check("x_BTHK", x_BTHK, "BTHK", [x_BTHK.dtype])
     if sizes["K"] % 2:
         raise ValueError(f"the head width K of x_BTHK must be even; got K={sizes['K']}.")

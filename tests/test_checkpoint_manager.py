@@ -27,7 +27,8 @@ from orbax.checkpoint._src.futures import synchronization
 
 from jaxtrain.checkpoint.integrity import FORMAT
 from jaxtrain.checkpoint.manager import Checkpoints
-from jaxtrain.checkpoint.shared_store import SharedStore
+from jaxtrain.checkpoint.shared_store import SharedStore, _ArraysHandler
+from jaxtrain.checkpoint.storage import STORAGE
 from jaxtrain.errors import CheckpointError, SaveFailed
 
 
@@ -59,6 +60,19 @@ MISMATCHES = {
     "missing": (lambda s: s.pop("bad"), r"bad: stored bool\[\], expected nothing"),
     "extra": (lambda s: s.update(new=jnp.zeros(3)), r"new: stored nothing, expected float32\[3\]"),
 }
+
+
+LEAVES_WITHOUT_A_DIGEST = {
+    lambda: jax.random.key(0): r"key<fry>\[\]\. Store jax\.random\.key_data\(key\)",
+    lambda: jnp.zeros(2, jnp.int4): r"int4\[2\]\. Store x\.astype\(jnp\.int8\)\.",
+    lambda: jnp.zeros(2, jnp.complex64): r"complex64\[2\]\. Store x\.real and x\.imag\.",
+}
+BAD_META = [
+    ({"lr": jnp.float32(1.0)}, r"got meta\['lr'\]=Array\(1"),
+    ({"a": [0, {"b": {1, 2}}]}, r"got meta\['a'\]\[1\]\['b'\]=\{1, 2\}"),
+    ({"a": {(1, 2): 3}}, r"got meta\['a'\] with the key \(1, 2\)"),
+    ({"rate": np.float32(1.0)}, r"got meta\['rate'\]=.*1\.0"),
+]
 
 
 @pytest.mark.parametrize("kind", MISMATCHES)
@@ -147,11 +161,42 @@ def test_leaves_that_cannot_be_stored_are_refused(tmp_path):
                 checkpoints.save(1, {"a": {"x": leaf}}, {})
         with pytest.raises(ValueError, match=r"a, float32\[2,0\]"):
             checkpoints.save(1, {"a": jnp.zeros((2, 0))}, {})
+        with pytest.raises(ValueError, match="must contain an array; got none"):
+            checkpoints.save(1, {"w": None}, {})
         with pytest.raises(ValueError, match="unique"):
             checkpoints.save(1, {"a": {"x": jnp.zeros(1)}, "a.x": jnp.zeros(1)}, {})
-        with pytest.raises(ValueError, match="key_data"):
-            checkpoints.save(1, {"rng": jax.random.key(0)}, {})
+        for leaf, hint in LEAVES_WITHOUT_A_DIGEST.items():
+            with pytest.raises(ValueError, match=rf"got a\.x, {hint}"):
+                checkpoints.save(1, {"a": {"x": leaf()}}, {})
     assert checkpoints.steps() == []
+
+
+def test_a_leaf_of_meta_that_json_cannot_hold_is_named(tmp_path):
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        for meta, name in BAD_META:
+            with pytest.raises(ValueError, match=name):
+                checkpoints.save(1, {"w": jnp.zeros(1)}, meta)
+        checkpoints.save(1, {"w": jnp.zeros(1)}, {"rate": np.float64(0.5), "at": {2: (None, "x")}})
+    assert checkpoints.read_meta() == {"rate": 0.5, "at": {"2": [None, "x"]}}
+
+
+def test_options_that_do_not_exist_are_refused_with_what_is_allowed(tmp_path):
+    for options, message in (
+        ({"keep_last": 0}, "keep_last must be at least 1 .* got keep_last=0, keep_every=0"),
+        ({"keep_last": 2, "keep_every": -1}, "got keep_last=2, keep_every=-1"),
+        ({"keep_last": 2.5}, "got keep_last=2.5"),
+        ({"keep_last": 1, "storage": "local"}, "storage must be shared or host0; got 'local'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Checkpoints(tmp_path, **options)
+
+
+def test_a_template_is_the_state_or_structs_with_shardings(folder):
+    state = build_state(seed=2)
+    with Checkpoints(folder, 9) as checkpoints:
+        assert_same(checkpoints.restore(state).state, state)
+        with pytest.raises(ValueError, match=r"Pass the state itself, or .*sharding=x\.sharding"):
+            checkpoints.restore(jax.eval_shape(lambda: state))
 
 
 @pytest.fixture
@@ -211,6 +256,34 @@ def test_an_error_in_the_run_does_not_damage_the_save_before_it(tmp_path):
             checkpoints.save(1, state, {})
             raise KeyboardInterrupt
     assert_same(Checkpoints(tmp_path, 1).restore(abstract(state)).state, state)
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+def test_after_a_save_that_raised_no_call_waits_for_it(tmp_path, storage):
+    state = {"w": jnp.arange(4)}
+    delete = lambda: state["w"].delete()
+    checkpoints = Checkpoints(tmp_path, 2, storage=storage, before_save=delete)
+    with pytest.raises(Exception, match="deleted"):
+        checkpoints.save(1, state, {})
+    assert not checkpoints.is_saving()  # else wait, the next save and __exit__ would never return
+    with checkpoints:
+        checkpoints.wait()
+    assert checkpoints.steps() == []
+
+
+def test_after_ctrl_c_within_a_save_no_call_waits_for_it(tmp_path, monkeypatch):
+    async def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    checkpoints = Checkpoints(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(_ArraysHandler, "async_save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(1, {"w": jnp.arange(4)}, {})
+    assert not checkpoints.is_saving()
+    with checkpoints:
+        checkpoints.wait()
+    assert checkpoints.steps() == []
 
 
 def test_orbax_logs_nothing_and_our_own_lines_are_logged(tmp_path, caplog):

@@ -247,6 +247,21 @@ def test_a_corpus_smaller_than_a_batch_is_refused(folder):
     assert "--data.batch" in str(error.value)
 
 
+@pytest.mark.parametrize("build", [build_batches, build_eval_batches])
+def test_a_batch_that_the_mesh_does_not_divide_is_refused(build, folder):
+    cfg, corpus = open_split(folder)
+    seed = (0,) if build is build_batches else ()
+    with pytest.raises(ValueError, match="multiple of replica x fsdp = 3; got data.batch=8"):
+        build(cfg, corpus, mesh_of(3), *seed)
+
+
+@pytest.mark.parametrize("seed", [jax.random.key(0), "0", 1.0, None])
+def test_a_seed_that_is_not_an_int_is_refused(seed, folder):
+    cfg, corpus = open_split(folder)
+    with pytest.raises(ValueError, match="seed must be an int; got"):
+        build_batches(cfg, corpus, mesh_of(), seed)
+
+
 def test_evaluation_predicts_every_token_but_the_first_exactly_once_in_order(folder):
     cfg, corpus = open_split(folder, split="val")
     for mesh in (mesh_of(), mesh_of(2, 2, 2)):

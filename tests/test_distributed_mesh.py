@@ -4,11 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.axes import Axes
 from jaxtrain.config.train_config import MeshConfig, OptimConfig
-from jaxtrain.distributed.mesh import build_mesh, param_sharding, param_spec
+from jaxtrain.distributed.mesh import (
+    batch_sharding,
+    build_mesh,
+    check_batch,
+    moment_spec,
+    param_sharding,
+    param_spec,
+)
 from jaxtrain.optim.build import build_optimizer, state_shardings
 
 AXES = {
@@ -38,6 +46,23 @@ SPECS = {
 def test_dims_without_a_mesh_axis_repeats_and_inner_dims_stay_whole(name):
     mesh = build_mesh(MeshConfig(1, 4, 2))
     assert param_spec(Axes.parse(AXES[name]), SHAPES[name], mesh) == SPECS[name]
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [jax.make_mesh((8,), ("data",)), None, NamedSharding(build_mesh(MeshConfig()), P())],
+    ids=lambda mesh: type(mesh).__name__,
+)
+def test_a_mesh_without_our_axes_is_refused_with_the_function_that_builds_one(mesh):
+    axes, shape = Axes.parse(AXES["square"]), SHAPES["square"]
+    for use in (
+        lambda: batch_sharding(mesh),
+        lambda: check_batch(8, 1, mesh),
+        lambda: param_spec(axes, shape, mesh),
+        lambda: moment_spec(axes, shape, mesh),
+    ):
+        with pytest.raises(ValueError, match="axes replica, fsdp, tensor; got .* Use build_mesh"):
+            use()
 
 
 def test_an_update_on_a_mesh_equals_that_of_one_device_for_any_letters():

@@ -7,7 +7,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import xla_flags
@@ -32,6 +35,22 @@ def test_a_notebook_runs_from_its_first_cell_to_its_last(name):
     for cell in cells:
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), scope)
+
+
+def test_the_call_of_a_kernel_that_a_page_shows_equals_the_reference():
+    section = (
+        (DOCS / "kernels.md").read_text().partition("## Call a kernel from your own model\n")[2]
+    )
+    code = "\n".join(re.findall(r"^ {4}(.*)", section.partition("\n- ")[0], re.M))
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    from pallas_kernels.flash_attention import flash_attention_reference
+
+    reference = lambda q: flash_attention_reference(q, scope["k_BSGK"], scope["v_BSGK"], window=96)
+    o, pullback = jax.vjp(reference, scope["q_BTHK"])
+    [dq] = pullback(jnp.ones_like(o))
+    assert jnp.allclose(scope["o_BTHK"], o, atol=1e-5)
+    assert jnp.allclose(scope["dq_BTHK"], dq, atol=1e-5)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

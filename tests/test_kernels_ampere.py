@@ -77,7 +77,10 @@ def test_a_product_that_is_not_symmetric_mirrors_its_lower_triangle():
 
 ATTENTION = {  # B, T, S, H, G, K, window, tiles
     "documents, window, wide heads": (1, 72, 200, 1, 1, 128, 90, (64, 32, 3)),
-    "queries with nothing to see, shared heads": (1, 136, 72, 2, 1, 64, None, (64, 64, 4)),
+    "documents, queries with nothing to see, shared heads": (
+        *(1, 136, 136, 2, 1, 64, None),
+        (64, 64, 4),
+    ),
 }
 
 
@@ -90,6 +93,8 @@ def test_attention_equals_the_reference(name):
     if "documents" in name:
         docs = (jnp.arange(S, dtype=jnp.int32)[None] // 101,) * 2
         docs = docs[0][:, S - T :], docs[1]
+    if "nothing" in name:
+        docs = docs[0].at[:, :64].set(S), docs[1]
     tiles = AmpereAttentionTiles(*tiles)
     o, lse = flash_attention_ampere.forward(q, k, v, docs, tiles, not ON_GPU, window)
     reference = lambda q, k, v: flash_attention_reference(q, k, v, *(docs or (None, None)), window)

@@ -1,13 +1,19 @@
 """The kernels refuse arguments that they would read out of bounds, naming them and their values."""
 
+import functools
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxtrain.config.train_config import ModelConfig
+from jaxtrain.ops.devices import chip_name
+from jaxtrain.ops.routes import choose_routes
 from pallas_kernels.add_norm import add_norm
-from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.attention_arguments import tiles_for_device
+from pallas_kernels.flash_attention import flash_attention, flash_attention_reference
 from pallas_kernels.head_scores import head_scores
 from pallas_kernels.qk_rope import qk_rope
 from pallas_kernels.symmetric import symmetric
@@ -18,6 +24,8 @@ from pallas_kernels.tiles import (
     MosaicAttentionTiles,
     MosaicProductTiles,
     ProductTiles,
+    body_of,
+    default_tiles,
 )
 
 BLOCKS = FlashAttentionTiles(*(AttentionTiles(16, 16, 4, 1),) * 3)
@@ -99,9 +107,12 @@ WRONG = [  # kernel, changed arguments, the start of the error, the value in it
     (flash_attention, {"docs_BT": int32(2, 48)}, "docs_BT must", "int32[2, 48]"),
     (flash_attention, {"docs_BS": int32(2, 32)}, "docs_BS must", "int32[2, 32]"),
     (flash_attention, {"docs_BS": f32(2, 48)}, "docs_BS must", "float32[2, 48]"),
-    (flash_attention, {"window": 0}, "window must be", "0. Set --model.window"),
+    (flash_attention, {"window": 0}, "window must be", "0. Set window=None for all"),
     (flash_attention, {"window": 1.5}, "window must be", "1.5"),
     (flash_attention, {"blocks": TILES}, "blocks must", "ProductTiles(rows=16"),
+    (flash_attention, {"blocks": 128}, "blocks must be FlashAttentionTiles, or None", "128"),
+    (flash_attention, {"q_BTHK": bf16(2, 49, 4, 16)}, "q_BTHK must not have more", "T=49, S=48."),
+    (flash_attention, {"interpret": "gpu"}, "interpret must", "'gpu'"),
     (flash_attention, {"blocks": BLOCKS._replace(dq=TILES)}, "blocks.dq must", "ProductTiles("),
     (
         flash_attention,
@@ -201,9 +212,78 @@ def test_an_argument_that_does_not_fit_is_an_error_with_its_name_and_value(
     kernel, changes, start, value
 ):
     with pytest.raises(ValueError) as error:
-        kernel(**KERNELS[kernel] | changes, interpret=True)
+        kernel(**{"interpret": True} | KERNELS[kernel] | changes)
     text = str(error.value)
     assert text.startswith(start) and value in text.partition("; got ")[2]
+
+
+def test_the_reference_refuses_documents_of_one_side_and_more_queries_than_keys():
+    q, k, docs = f32(1, 8, 2, 4), f32(1, 8, 2, 4), int32(1, 8)
+    for given in ((docs, None), (None, docs)):
+        with pytest.raises(ValueError, match="docs_BT and docs_BS must both be arrays or both"):
+            flash_attention_reference(q, k, k, *given)
+    heads_first = q.swapaxes(1, 2), f32(1, 1, 8, 4)
+    with pytest.raises(ValueError, match=r"got T=2, S=1\. Arrays are \[batch, time, heads, width"):
+        flash_attention_reference(*heads_first, heads_first[1])
+
+
+def test_by_default_attention_has_no_documents_and_the_tiles_of_the_device():
+    q, k = (jax.random.normal(jax.random.key(0), (1, 32, heads, 16)) for heads in (2, 1))
+    o = flash_attention(q, k, k, interpret=True)
+    assert jnp.allclose(o, flash_attention_reference(q, k, k), atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [0, 256])
+@pytest.mark.parametrize("kind, capability", [("NVIDIA H100 80GB HBM3", "9.0"), ("A40", "8.6")])
+def test_the_tiles_of_a_device_are_those_of_the_trainers_route(kind, capability, window):
+    q, k = (jax.ShapeDtypeStruct((8, 1_024, heads, 64), jnp.bfloat16) for heads in (9, 3))
+    device = SimpleNamespace(device_kind=kind, compute_capability=capability)
+    tiles = tiles_for_device(q, k, False, False, window or None, device)
+    model = ModelConfig(attention="flash", H=9, G=3, K=64, window=window, dtype="bfloat16")
+    where = {"arch": f"sm_{capability.replace('.', '')}", "chip": chip_name(device)}
+    assert tiles == choose_routes(model, False, "gpu", False, **where)["attention"].tiles
+    odd = jax.ShapeDtypeStruct((8, 1_031, 3, 64), jnp.bfloat16)  # no Mosaic body takes 1,031 keys
+    assert body_of(tiles_for_device(q, odd, False, False, None, device).dq) != "mosaic"
+
+
+def test_an_architecture_without_tiles_is_refused_with_those_that_have_some():
+    with pytest.raises(ValueError, match="must be one of sm_86, sm_90; got 'cpu'"):
+        default_tiles("attention", "cpu")
+    a100 = SimpleNamespace(device_kind="NVIDIA A100-SXM4-80GB", compute_capability="8.0")
+    with pytest.raises(ValueError, match="needs a GPU of sm_86 or sm_90; got NVIDIA A100"):
+        tiles_for_device(f32(1, 8, 1, 16), f32(1, 8, 1, 16), False, False, None, a100)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the GPU would run the kernel")
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_without_a_gpu_the_error_names_interpret_and_the_reference(wrap):
+    attend = lambda q: flash_attention(q, q, q)
+    with pytest.raises(
+        ValueError, match=r"GPU of sm_.*; got cpu\. Pass interpret=True.*_reference"
+    ):
+        wrap(attend)(f32(1, 32, 1, 16))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the GPU would run the kernel")
+@pytest.mark.parametrize("kernel", [flash_attention, add_norm])
+def test_without_a_gpu_a_kernel_called_outside_of_jit_says_so(kernel):
+    with pytest.raises(ValueError, match=r"needs a GPU; got cpu\. Pass interpret=True"):
+        kernel(**KERNELS[kernel])
+
+
+@pytest.mark.parametrize(
+    "traced, name",
+    [
+        ({"blocks": BLOCKS, "interpret": True}, "interpret must be True or False"),
+        ({"blocks": BLOCKS}, "blocks.forward.queries must be a positive integer"),
+        ({"window": 4}, "window must be the number of keys"),
+    ],
+)
+def test_a_setting_that_jit_traces_is_refused_with_what_makes_it_static(traced, name):
+    bound = name.partition(" ")[0].partition(".")[0]
+    q, static = f32(1, 32, 1, 16), {} if "interpret" in traced else {"interpret": True}
+    with pytest.raises(ValueError, match=rf"{name}.*bind {bound} before with functools\.partial"):
+        jax.jit(functools.partial(flash_attention, **static))(q, q, q, **traced)
 
 
 def sum_of(kernel, name):

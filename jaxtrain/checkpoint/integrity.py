@@ -35,17 +35,8 @@ def compute_digests(arrays: Iterable[jax.Array]) -> list[str]:
 
     Args:
         arrays: bool, integer or float arrays of any shape, all on the same devices.
-
-    Raises:
-        ValueError: a dtype has no bits to read, such as that of a typed PRNG key.
     """
     arrays = list(arrays)
-    for x in arrays:
-        if not _has_bits(x.dtype):
-            raise ValueError(
-                f"a digest needs a bool, integer or float array of 8 to 64 bits; got {x.dtype}. "
-                "Store jax.random.key_data(key) instead of a typed key."
-            )
     if not arrays:
         return []
     meshes = [x.sharding.mesh for x in arrays if isinstance(x.sharding, NamedSharding)]
@@ -65,6 +56,19 @@ def _bits(dtype: jnp.dtype) -> int:
     if dtype == jnp.bool_:
         return 8
     return (jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo)(dtype).bits
+
+
+def _storable_form(dtype: jnp.dtype) -> str:
+    """Returns what to store instead of an array x without a digest; "" if it has one."""
+    if _has_bits(dtype):
+        return ""
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return "jax.random.key_data(key)"
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return "x.real and x.imag"
+    if jnp.issubdtype(dtype, jnp.integer):
+        return "x.astype(jnp.int8)"
+    return "x.astype(jnp.float32)"
 
 
 @functools.lru_cache
@@ -117,7 +121,8 @@ def flatten_state(state: Any) -> dict[str, Any]:
     """Returns `{"params.embed.w": leaf, ...}`; the containers' classes do not change the paths.
 
     Raises:
-        ValueError: a leaf is empty, or neither array nor ShapeDtypeStruct; or two share a path.
+        ValueError: a leaf is empty, or neither array nor ShapeDtypeStruct, or its dtype has no
+            bits to read; two leaves share a path; or there is none.
     """
     flat = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(state):
@@ -129,9 +134,16 @@ def flatten_state(state: Any) -> dict[str, Any]:
             raise ValueError(
                 f"a leaf of a state must not be empty; got {path}, {describe_array(leaf)}."
             )
+        if form := _storable_form(leaf.dtype):
+            raise ValueError(
+                "a leaf of a state must be bool, integer or float, of 8 to 64 bits; got "
+                f"{path}, {describe_array(leaf)}. Store {form}."
+            )
         if path in flat:
             raise ValueError(f"paths of a state must be unique; got {path!r} twice. Rename a key.")
         flat[path] = leaf
+    if not flat:
+        raise ValueError("a state must contain an array; got none.")
     return flat
 
 
@@ -140,8 +152,33 @@ def describe_array(leaf: jax.Array | jax.ShapeDtypeStruct) -> str:
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
+def check_json(value: Any, name: str) -> None:
+    """Raises ValueError, with the name of the first entry, unless JSON can hold the value."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str | int | float | None):
+                raise ValueError(
+                    f"JSON must be able to hold meta; got {name} with the key {key!r}. Use text or "
+                    "a number."
+                )
+            check_json(item, f"{name}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            check_json(item, f"{name}[{i}]")
+    elif not isinstance(value, str | int | float | None):
+        raise ValueError(
+            f"JSON must be able to hold meta; got {name}={value!r}. Store float(x) or int(x) of a "
+            "number, and x.tolist() of an array."
+        )
+
+
 def build_record(step: int, leaves: dict[str, jax.Array], meta: dict[str, Any]) -> dict[str, Any]:
-    """Returns the JSON that is stored beside the arrays, with its own sha256."""
+    """Returns the JSON that is stored beside the arrays, with its own sha256.
+
+    Raises:
+        ValueError: JSON cannot hold meta.
+    """
+    check_json(meta, "meta")
     table = {
         path: {"type": describe_array(leaf), "digest": digest}
         for (path, leaf), digest in zip(
@@ -212,9 +249,10 @@ def check_template(record: dict[str, Any], template: dict[str, Any]) -> None:
     if different:
         more = f"; and {len(different) - 3} more" if len(different) > 3 else ""
         raise ValueError(
-            f"the config must describe the state of the checkpoint at step {record['step']}; got "
-            f"{len(different)} arrays that differ: {'; '.join(different[:3])}{more}. "
-            "Set --model.* and --optim.* as in that run, or another --workdir."
+            f"the state must be that of the checkpoint at step {record['step']}; got "
+            f"{len(different)} arrays that differ: {'; '.join(different[:3])}{more}. Build the "
+            "model and optimizer that were saved (--model.*, --optim.*), or use another folder "
+            "(--workdir)."
         )
 
 

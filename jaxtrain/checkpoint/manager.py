@@ -10,7 +10,7 @@ our record describes every leaf, and a step that differs from its record is not 
 """
 
 import contextlib
-import os
+import operator
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,14 +20,13 @@ import jax
 from absl import logging
 
 from jaxtrain.checkpoint import integrity
-from jaxtrain.checkpoint.process0_store import Process0Store
-from jaxtrain.checkpoint.shared_store import SharedStore
+from jaxtrain.checkpoint.step_folders import list_steps, set_aside
+from jaxtrain.checkpoint.storage import open_storage
 from jaxtrain.checkpoint.zarr import check_path
 from jaxtrain.distributed.broadcast import broadcast_from_process_0
 from jaxtrain.errors import CheckpointError, SaveFailed
 from jaxtrain.file_errors import describe_error, describe_storage_error, is_file_error
 
-STORAGE = {"shared": SharedStore, "host0": Process0Store}
 READ_ATTEMPTS = 5  # if the running training deletes each step before it is read
 
 
@@ -48,14 +47,17 @@ class Checkpoints:
 
     Args:
         folder: shared by all processes, or process 0's own; created by the first save.
-        keep_last: number of newest steps that are not deleted.
+        keep_last: number of newest steps that are not deleted, at least 1.
         keep_every: multiples of this step are not deleted either; 0 is none.
         read_only: never writes, moves or cleans up; for folders that a running training writes to.
-        storage: a key of STORAGE.
+        storage: "shared" if all processes write to `folder`, "host0" if it is process 0's own.
         before_save: called by process 0 before each save; if it raises, nothing is saved.
 
     Attributes:
         rejected: (step, reason) of every step that `restore` found damaged.
+
+    Raises:
+        ValueError: keep_last, keep_every or storage is not one of the values above.
     """
 
     def __init__(
@@ -67,13 +69,12 @@ class Checkpoints:
         storage: str = "shared",
         before_save: Callable[[], None] = lambda: None,
     ):
-        assert keep_last >= 1 and keep_every >= 0, (keep_last, keep_every)  # TrainConfig checks
         self.folder = Path(folder).absolute()
         check_path(self.folder)
         self.rejected: list[tuple[int, str]] = []
         self._read_only, self._before_save = read_only, before_save
         self._saving: int | None = None  # step of the last save, which may still be running
-        self.storage = STORAGE[storage](self.folder, keep_last, keep_every)
+        self.storage = open_storage(storage, self.folder, keep_last, keep_every)
 
     def __enter__(self):
         return self
@@ -92,10 +93,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the steps on disk, oldest first, damaged ones included."""
-        if not self.folder.is_dir():
-            return []
-        names = [path.name for path in self.folder.iterdir() if path.is_dir()]
-        return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
+        return list_steps(self.folder)
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> float:
         """Starts to save in the background; returns the seconds that it blocked.
@@ -108,15 +106,15 @@ class Checkpoints:
             meta: JSON-able; `restore` returns it as JSON does (tuples as lists).
 
         Raises:
-            ValueError: the step is not new, a leaf is not an array, two leaves share a path, or
-                read_only is set.
+            ValueError: the step is not new, the state or meta cannot be stored, or read_only is
+                set.
             SaveFailed: the file system refused this save, or the one before it.
             Exception: before_save raised it, or the save before this one did.
         """
         start = time.perf_counter()
         if self._read_only:
             raise ValueError("save needs Checkpoints(..., read_only=False); got read_only=True.")
-        leaves = integrity.flatten_state(state)
+        step, leaves = operator.index(step), integrity.flatten_state(state)
         record = integrity.build_record(step, leaves, meta)
         broadcast_from_process_0(self._before_save)
         self.wait()
@@ -126,25 +124,26 @@ class Checkpoints:
         if newest is not None and step <= newest:
             raise ValueError(
                 f"a checkpoint's step must be above the newest one's, {newest}; got step={step} in "
-                f"{self.folder}. Resume from it, or set another --workdir."
+                f"{self.folder}. Resume from it, or use another folder (--workdir)."
             )
         self._saving = step
-        with self._remove_unfinished_on_error(step):
+        with self._remove_unfinished_on_error(step, BaseException):  # on Ctrl-C too
             self.storage.save(step, leaves, record)
         return time.perf_counter() - start
 
     @contextlib.contextmanager
-    def _remove_unfinished_on_error(self, step: int | None) -> Iterator[None]:
-        """Turns errors of the file system into SaveFailed, and removes the unfinished step."""
+    def _remove_unfinished_on_error(
+        self, step: int | None, kind: type[BaseException] = Exception
+    ) -> Iterator[None]:
+        """Removes the unfinished step, and turns errors of the file system into SaveFailed."""
         try:
             yield
-        except Exception as error:
+        except kind as error:
             reason = describe_storage_error(error, self.folder)
-            if reason is None and not isinstance(error, SaveFailed):
-                raise
             if step is not None:
-                self.storage.discard(step)  # its files may be what fills the disk
-            if isinstance(error, SaveFailed):
+                # Its files may be what fills the disk, and Orbax would call it running for ever.
+                self.storage.discard(step)
+            if reason is None or isinstance(error, SaveFailed):
                 raise
             raise SaveFailed(f"checkpoint {step} was not saved: {reason}") from error
 
@@ -168,19 +167,24 @@ class Checkpoints:
         With read_only, a step deleted while it is read is not rejected: a newer one is read.
 
         Args:
-            abstract_state: pytree of jax.ShapeDtypeStruct with shardings, on any mesh.
+            abstract_state: the state itself, or a pytree of jax.ShapeDtypeStruct with shardings,
+                on any mesh. Only types, shapes and shardings are used.
             device_check: computes the digests of the restored arrays and compares them.
             step: the only step to try; None takes the newest intact one.
 
         Raises:
-            ValueError: the newest intact step is of another state, or of a newer format; or `step`
-                is not stored.
+            ValueError: the newest intact step is of another state, or of a newer format; `step` is
+                not stored; or abstract_state has no shardings.
             CheckpointError: steps are stored, but all are damaged.
         """
         template = integrity.flatten_state(abstract_state)
         unplaced = [path for path, leaf in template.items() if leaf.sharding is None]
         if unplaced:
-            raise ValueError(f"abstract_state must have shardings; got none for {unplaced}.")
+            raise ValueError(
+                f"abstract_state must have shardings; got none for {', '.join(unplaced[:3])}. Pass "
+                "the state itself, or jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) "
+                "for each of its arrays x."
+            )
         if not self._read_only:
             self.storage.check()
         for _ in range(READ_ATTEMPTS):
@@ -188,7 +192,7 @@ class Checkpoints:
                 return self._restore(abstract_state, template, device_check, step)
         raise CheckpointError(
             f"a checkpoint must exist while it is read; the run that writes to {self.folder} "
-            f"deleted {READ_ATTEMPTS}. Wait for its end, or train with a larger --keep_last."
+            f"deleted {READ_ATTEMPTS}. Wait for its end, or let it keep more (--keep_last)."
         )
 
     def _restore(
@@ -229,9 +233,13 @@ class Checkpoints:
             reasons = "; ".join(f"step {step}: {reason}" for step, reason in rejected)
             raise CheckpointError(
                 f"{self.folder} contains no intact checkpoint: {reasons}. Nothing was moved. "
-                "Restore a good step from a backup, or set another --workdir."
+                "Restore a good step from a backup, or use another folder (--workdir)."
             )
         return None
+
+    def _set_aside(self, steps: list[int]) -> None:
+        broadcast_from_process_0(lambda: set_aside(self.folder, steps))
+        self.storage.reload()
 
     def read_meta(self, step: int | None = None) -> dict[str, Any] | None:
         """Returns the meta of a step, or of the newest with an intact record; None if none exists.
@@ -279,20 +287,6 @@ class Checkpoints:
                 f"{reason}; {newest} in {self.folder}. Free some space or repair the named file, "
                 "then run the same command again."
             ) from error
-
-    def _set_aside(self, steps: list[int]) -> None:
-        """Moves these steps' folders to checkpoints_rejected, under names that are not taken."""
-        aside = self.folder.parent / "checkpoints_rejected"
-
-        def move_folders():
-            aside.mkdir(exist_ok=True)
-            for step in steps:
-                names = [str(step)] + [f"{step}.{k}" for k in range(1, 1_000)]
-                free = next(name for name in names if not (aside / name).exists())
-                os.rename(self.folder / str(step), aside / free)
-
-        broadcast_from_process_0(move_folders)
-        self.storage.reload()
 
 
 def _is_disk_error(error: BaseException) -> bool:

@@ -4,13 +4,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain.distributed.mesh import batch_sharding
+from jaxtrain.distributed.mesh import batch_sharding, check_batch
 
 
 class BatchPlacer:
-    """Puts this process's sequences on its devices, as global arrays [B,...] over the mesh."""
+    """Puts this process's sequences on its devices, as global arrays [B,...] over the mesh.
+
+    Raises:
+        ValueError: the mesh does not have our axes, or does not divide the batch.
+    """
 
     def __init__(self, batch: int, mesh: Mesh):
+        check_batch(batch, 1, mesh)
         self._batch = batch
         self._sharding = batch_sharding(mesh)
         indices = self._sharding.addressable_devices_indices_map((batch, 1)).values()

@@ -258,13 +258,19 @@ def build_batches(
     """Returns the training batches from step 0 on, shuffled by `seed`.
 
     Args:
+        mesh: from build_mesh, or one with the same axes.
+        seed: an integer, not a key of jax.random.
         site: index of this site, and number of sites; their batches are disjoint.
 
     Raises:
-        ValueError: the corpus is smaller than a batch, or data.pack or data.document_mask is set
-            and it is unknown where documents start; a source of a mixture would be read more often
-            than data.max_epochs allows.
+        ValueError: the corpus is smaller than a batch, or the mesh does not divide the batch;
+            data.pack or data.document_mask is set and it is unknown where documents start; a source
+            of a mixture would be read more often than data.max_epochs allows.
     """
+    if not isinstance(seed, int):
+        raise ValueError(
+            f"seed must be an int; got {seed!r}. Pass an integer, not a key of jax.random."
+        )
     if cfg.pack or cfg.document_mask:
         for part in list_corpora(corpus).values():
             check_boundaries(part)
@@ -275,7 +281,7 @@ def build_eval_batches(cfg: DataConfig, corpus: Corpus, mesh: Mesh) -> EvalBatch
     """Returns all windows of the corpus in order, in batches of data.batch sequences.
 
     Raises:
-        ValueError: the corpus is empty, or data.document_mask is set and it is unknown where
-            documents start.
+        ValueError: the corpus is empty, or the mesh does not divide the batch; data.document_mask
+            is set and it is unknown where documents start.
     """
     return EvalBatches(cfg, corpus, mesh)

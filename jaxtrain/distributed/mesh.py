@@ -49,8 +49,20 @@ def build_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def check_mesh(mesh: Any) -> None:
+    """Raises ValueError unless this is a mesh with our axes."""
+    missing = [axis for axis in AXES if axis not in getattr(mesh, "axis_names", ())]
+    if missing:
+        raise ValueError(
+            f"mesh must be a jax.sharding.Mesh with the axes {', '.join(AXES)}; got "
+            f"{type(mesh).__name__}{getattr(mesh, 'axis_names', '')}. Use build_mesh, or give the "
+            "axes these names."
+        )
+
+
 def check_batch(batch: int, accumulation: int, mesh: Mesh) -> None:
     """Raises ValueError unless the rows of a microbatch divide over the mesh."""
+    check_mesh(mesh)
     parts = mesh.shape["replica"] * mesh.shape["fsdp"]
     if batch // accumulation % parts:
         raise ValueError(
@@ -76,6 +88,7 @@ def param_spec(
     """
     if not (axes.is_matrix or "V" in axes.letters):
         return P()
+    check_mesh(mesh)
     spec = [LETTER_AXIS.get(letter) for letter in axes.letters]
     _, inputs, outputs = axes.split(range(len(spec)))
     inner = *inputs[1:], *outputs[1:]
@@ -101,6 +114,7 @@ def moment_spec(axes: Axes, shape: Sequence[int], mesh: Mesh) -> P:
     fsdp splits. This sends no more bytes: the reduce-scatter of gradients and the all-gather of
     updates are the two halves of the all-reduce that data parallelism needs anyway.
     """
+    check_mesh(mesh)
     spec, replicas = [*param_spec(axes, shape, mesh)], mesh.shape["replica"]
     if not axes.is_matrix or replicas == 1:
         return P(*spec)
@@ -116,6 +130,7 @@ def moment_spec(axes: Axes, shape: Sequence[int], mesh: Mesh) -> P:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch's rows; all devices of a tensor group get the same rows."""
+    check_mesh(mesh)
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
