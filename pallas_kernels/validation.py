@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from pallas_kernels.tiles import (
     AmpereProductTiles,
@@ -34,7 +35,7 @@ def describe(x: Any) -> str:
 
 def explain_traced(x: Any, name: str) -> str:
     """Returns what to do if jax.jit has traced an argument that is no array; "" if it has not."""
-    if not isinstance(x, jax.core.Tracer):
+    if not isinstance(x, Tracer):
         return ""
     return (
         f" jax.jit has traced it: bind {name} before with functools.partial, or name it in "
