@@ -1,12 +1,14 @@
 """A JAX pretraining stack for GPT-2 and Llama; the command `jaxtrain` lists its commands."""
 
 import ctypes
+import re
 import sys
 from pathlib import Path
 
 from pallas_kernels.quiet import WANTS_GPU, has_gpu
 
 __all__ = ["WANTS_GPU", "keep_freed_memory"]
+MODULE = re.compile(r"-[bBdEiIOPqRsSuvx]*m(.*)")  # Python's -m, perhaps after other letters
 
 
 def keep_freed_memory() -> None:
@@ -30,9 +32,12 @@ def keep_freed_memory() -> None:
 
 def _is_own_program() -> bool:
     """Returns whether this process is `jaxtrain ...` or `python -m jaxtrain...`."""
-    words = [*sys.orig_argv, ""]
-    module = words[words.index("-m") + 1] if "-m" in words else ""
-    return module.split(".")[0] == "jaxtrain" or Path(sys.argv[0]).stem == "jaxtrain"
+    if sys.argv[0] != "-m":  # which it is until Python has found the module
+        return Path(sys.argv[0]).stem == "jaxtrain"
+    words = [*sys.orig_argv[1:], ""]
+    found = [(match[1], i) for i, word in enumerate(words) if (match := MODULE.fullmatch(word))]
+    module = found[0][0] or words[found[0][1] + 1] if found else ""
+    return module.split(".")[0] == "jaxtrain"
 
 
 if _is_own_program():

@@ -50,10 +50,11 @@ Suites for GPUs, which run only if named:
               with a limit, a log and a result in --out; if one hangs or crashes, the others still
               run. Prints a plan of the minutes first, and at its end what is measured, what failed
               and why, what is left, and the command that continues. A stage that failed or used all
-              its minutes runs again only if --stages names it; training:9 gives it at most 9
-              minutes of this call. The last two stages need no GPU. A call with --write measures
-              nothing: it writes the results into README.md and docs/results.md and copies the tuned
-              tables. Where there is no git checkout, JAXTRAIN_COMMIT names the commit
+              its minutes runs again only if --stages names it; --stages=training:9 gives the stage
+              training at most 9 minutes of this call. The last two stages need no GPU. A call with
+              --write measures nothing: it writes the results into README.md and docs/results.md and
+              copies the tuned tables. Where there is no git checkout, JAXTRAIN_COMMIT names the
+              commit
 
 Suites for any device, which run only if named:
     transfer  whether the best learning rate stays the best in wider and deeper models, with
@@ -138,7 +139,9 @@ def parse(
     add("--tiny", action="store_true", help="tiny models on any processor, to test the suite")
     add("--out", metavar="DIR", type=Path, help="first-day: folder of its results")
     text = f"first-day: of {', '.join(stage.name for stage in STAGES)}; they run in the order of "
-    text += "this flag, and tests:2 takes at most 2 minutes of this call; default: all"
+    text += (
+        "this flag, and tests:2 gives the stage tests at most 2 minutes of this call; default: all"
+    )
     add("--stages", type=lambda text: text.split(","), metavar="A,B", help=text)
     text = "first-day: write the results in --out into README and docs, and the tuned tables"
     add("--write", action="store_true", help=text)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.backend import get_default_device
 
-from pallas_kernels.chip import chip_of_kind
+from pallas_kernels.devices import chip_name, gpu_architecture
 from pallas_kernels.kernel_call import needs_gpu
 from pallas_kernels.kernel_choice import choose_body
 from pallas_kernels.tiles import (
@@ -49,8 +49,8 @@ def check_positions(T: int, S: int) -> None:
     """
     if T > S:
         raise ValueError(
-            "q_BTHK must not have more positions than k_BSGK, whose last ones they are; got T="
-            f"{T}, S={S}. Arrays are [batch, time, heads, width]."
+            "q_BTHK must not have more positions than k_BSGK, because the queries are at the last "
+            f"of the keys' positions; got T={T}, S={S}. Arrays are [batch, time, heads, width]."
         )
 
 
@@ -158,8 +158,7 @@ def tiles_for_device(
     if interpret:
         return default_tiles("attention", "sm_86")
     device = device or get_default_device()
-    capability = str(getattr(device, "compute_capability", "")).replace(".", "")
-    arch, chip = f"sm_{capability}", chip_of_kind(device.device_kind)
+    arch = gpu_architecture(device)
     if arch not in TILES:
         wanted = f"a GPU of {' or '.join(TILES)}"
         raise needs_gpu("flash_attention", device.device_kind, wanted)
@@ -169,7 +168,7 @@ def tiles_for_device(
     choice = choose_body(
         "attention",
         arch,
-        chip.name if chip else "",
+        chip_name(device),
         str(q_BTHK.dtype),
         (B, length, H, G, K),
         documents=documents,

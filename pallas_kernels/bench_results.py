@@ -74,6 +74,9 @@ def join_results(before: dict[str, Any], result: dict[str, Any], tune: bool) -> 
         new = ("hung", "cut", "tried", "untried")
         ending = {key: result[key] for key in new if key in result}
         error = {"tuning_error": result["error"]} if "error" in result else {}
+        if error and (running := result.get("running")):  # it would end each later process, too
+            ending["tried"] = ending["tried"] | {running: result["error"]}
+            ending["untried"] = [name for name in ending["untried"] if name != running]
         old = ("hung", "cut", "tuning_error")
         return {key: value for key, value in before.items() if key not in old} | ending | error
     if tune:

@@ -45,8 +45,9 @@ class ContestJob:
     """The work of one child."""
 
     name: str = ""  # of the contest; "" only measures the device
-    # Time for trying the shortlist of tiles. With 0 ours and the others are measured without it.
-    # Otherwise that has been done before, and only ours are measured again.
+    # Seconds for trying the shortlist. With 0, our kernel (at its default and stored tiles) and all
+    # others are measured. Otherwise an earlier job has done that: only our kernel is measured
+    # again, then tuned.
     tune_s: float = 0.0
     tiny: bool = False  # interprets the kernels at tiny shapes
     # {candidate: seconds, or why there is no time}, of the shortlist: from earlier tuning
@@ -198,7 +199,10 @@ def tune(
             break
         functions = {name: contest.kernel(candidates[name][2]) for name in group}
         for name, compiled in run.compile_all(functions).items():
+            run.results["running"] = name  # join_results blames it if it ends the process
+            run.save()
             result = run.measure(compiled, ours=True, samples=10)
+            del run.results["running"]
             tried[name] = result if isinstance(result, str) else result["median_s"]
             untried.remove(name)
             run.save()

@@ -8,8 +8,8 @@ import jax
 def needs_gpu(name: str, device: str, wanted: str = "a GPU") -> ValueError:
     """Returns the error for a kernel that is not interpreted and has no GPU that it supports."""
     return ValueError(
-        f"the kernel {name} needs {wanted}; got {device}. Pass interpret=True, which is slow "
-        "and for tests, or call its reference implementation, *_reference in the same module."
+        f"the kernel {name} needs {wanted}; got {device}. Pass interpret=True (slow, for tests), "
+        "or call the function of the same module whose name ends in _reference."
     )
 
 

@@ -258,7 +258,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused(build, folder):
 @pytest.mark.parametrize("seed", [jax.random.key(0), "0", 1.0, None])
 def test_a_seed_that_is_not_an_int_is_refused(seed, folder):
     cfg, corpus = open_split(folder)
-    with pytest.raises(ValueError, match="seed must be an int; got"):
+    with pytest.raises(ValueError, match="seed must be an integer; got"):
         build_batches(cfg, corpus, mesh_of(), seed)
 
 

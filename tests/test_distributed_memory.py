@@ -87,16 +87,18 @@ print((resident_pages() - before) / (full - before))
         ("python -m jaxtrain.train --steps=3", True),
         ("python -X dev -m jaxtrain train", True),
         ("python /venv/bin/jaxtrain train", True),
+        ("python -um jaxtrain.train", True),
         ("python train.py", False),
+        ("python train.py -m jaxtrain.train", False),
         ("python -m pytest -m long", False),
         ("python -m jaxtrainer", False),
         ("python", False),
         ("python -m", False),
     ],
 )
-def test_our_own_programs_are_told_from_those_that_import_us(line, own, monkeypatch):
+def test_our_own_programs_are_distinguished_from_those_that_import_us(line, own, monkeypatch):
     words = line.split()
-    script = next((word for word in words[1:] if not word.startswith("-")), "")
+    first = "" if len(words) == 1 else words[1]
     monkeypatch.setattr(sys, "orig_argv", words)
-    monkeypatch.setattr(sys, "argv", ["-m"] if "-m" in words else [script])
+    monkeypatch.setattr(sys, "argv", ["-m" if first.startswith("-") else first])
     assert jaxtrain._is_own_program() == own

@@ -92,8 +92,9 @@ def test_the_programs_of_the_library_page_run_and_continue(tmp_path, monkeypatch
     (tmp_path / "corpus.txt").write_text((ROOT / "README.md").read_text())
     printed = []
     for _ in range(2):
-        scope = {}
-        exec("\n".join(blocks), scope)
+        exec("\n".join(blocks[:2]), {})
+        for block in blocks[2:]:  # each is a program of its own
+            exec(block, scope := {})
         printed.append(capsys.readouterr().out.splitlines())
     assert [line.split()[0] for line in printed[0][1:3]] == ["10", "20"]
     assert float(printed[0][2].split()[1]) < float(printed[0][1].split()[1]) < np.log(256)

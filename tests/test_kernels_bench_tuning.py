@@ -122,6 +122,16 @@ def test_what_was_tried_before_a_cut_or_a_hang_is_stored_with_the_contests_figur
     assert done["contestants"].keys() == {"xla", "triton"} and len(done["tried"]) == 2
 
 
+def test_tiles_that_end_the_process_are_not_tried_again_and_again():
+    before = {"done": True, "contestants": {"xla": timed(2.0)}}
+    died = {"tried": {"a": 1.0}, "untried": ["b", "c", TOGETHER], "running": "b"}
+    crashed = join_results(before, died | {"error": "exit status -11"}, tune=True)
+    assert crashed["tried"] == {"a": 1.0, "b": "exit status -11"}
+    assert crashed["untried"] == ["c", TOGETHER] and "running" not in crashed
+    cut = join_results(before, mark_cut(died | {"error": "killed"}, 9.0), tune=True)
+    assert cut["untried"] == died["untried"] and cut["tried"] == died["tried"]
+
+
 def test_tuning_is_finished_once_the_fastest_tiles_were_measured_together(monkeypatch):
     contest = CONTESTS[ATTENTION]._replace(
         arrays=lambda key: [jnp.ones(4)],

@@ -191,10 +191,10 @@ BLOCKS = {f"attn_{i}": {"query": {"kernel": X_LIO}, "out": {"kernel": X_LIO}} fo
 
 
 def test_a_long_list_of_names_is_cut_after_five():
-    with pytest.raises(ValueError, match=r"attn_2.out.kernel of shape \(2, 3, 4\), and 7 others"):
+    with pytest.raises(ValueError, match=r"attn_2.out.kernel of shape \(2, 3, 4\), and 7 more"):
         resolve_axes(None, BLOCKS)
     wrong = {"attn_5.value.kernel": "|D->HK"}
-    with pytest.raises(ValueError, match="of attn_5.*, and 7 others; got attn_5.value.kernel"):
+    with pytest.raises(ValueError, match="of attn_5.*, and 7 more; got attn_5.value.kernel"):
         resolve_axes(wrong, BLOCKS)
 
 

@@ -20,6 +20,7 @@ import tensorstore
 from jax.experimental import multihost_utils
 
 from jaxtrain.checkpoint import zarr
+from jaxtrain.checkpoint.step_folders import list_steps
 from jaxtrain.distributed.broadcast import broadcast_from_process_0, gather_first_error
 from jaxtrain.distributed.mesh import replicated
 from jaxtrain.errors import CheckpointError, SaveFailed
@@ -42,7 +43,7 @@ class Process0Store:
 
     def newest(self) -> int | None:
         """Returns the newest stored step, in every process."""
-        return broadcast_from_process_0(lambda: max(_steps(self._folder), default=None))
+        return broadcast_from_process_0(lambda: max(list_steps(self._folder), default=None))
 
     def save(self, step: int, leaves: dict[str, jax.Array], record: dict[str, Any]) -> None:
         """Writes a step. Raises SaveFailed in all processes if process 0 cannot write."""
@@ -89,7 +90,7 @@ class Process0Store:
                 sync_to_disk(path)
         os.rename(draft, self._folder / str(step))
         sync_to_disk(self._folder)
-        steps = _steps(self._folder)
+        steps = list_steps(self._folder)
         for old in steps[: -self._keep_last]:
             if not (self._keep_every and old % self._keep_every == 0):
                 shutil.rmtree(self._folder / str(old))
@@ -225,9 +226,3 @@ def _create(folder: Path, path: str, leaf: jax.Array, axis: int, rows: int):
     spec = zarr.spec(folder, path) | {"metadata": {"chunks": chunks, "compressor": None}}
     dtype = tensorstore.dtype(np.dtype(leaf.dtype))
     return tensorstore.open(spec, create=True, dtype=dtype, shape=leaf.shape).result()
-
-
-def _steps(folder: Path) -> list[int]:
-    if not folder.is_dir():
-        return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())

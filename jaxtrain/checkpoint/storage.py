@@ -14,7 +14,8 @@ def open_storage(
     """Returns the store that writes and reads the steps in a folder.
 
     Raises:
-        ValueError: there is no store of that name, or a count is not one.
+        ValueError: `name` is not a key of STORAGE, keep_last is below 1, keep_every is negative, or
+            one of the two is not an integer.
     """
     counts = f"keep_last={keep_last!r}, keep_every={keep_every!r}"
     if not isinstance(keep_last, int) or not isinstance(keep_every, int):

@@ -10,6 +10,7 @@ ones are together batch n of one run with S * B sequences. With data.mixture, th
 threads; the only state is n, so a checkpoint stores n and the identity of the data.
 """
 
+import operator
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -267,10 +268,12 @@ def build_batches(
             data.pack or data.document_mask is set and it is unknown where documents start; a source
             of a mixture would be read more often than data.max_epochs allows.
     """
-    if not isinstance(seed, int):
+    try:
+        seed = operator.index(seed)  # also of NumPy's integers
+    except TypeError:
         raise ValueError(
-            f"seed must be an int; got {seed!r}. Pass an integer, not a key of jax.random."
-        )
+            f"seed must be an integer; got {seed!r}. Pass an integer, not a key of jax.random."
+        ) from None
     if cfg.pack or cfg.document_mask:
         for part in list_corpora(corpus).values():
             check_boundaries(part)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from jaxtrain.branching.branch import create_branch, plan_branch
 from jaxtrain.branching.kept import CHECKPOINTS
+from jaxtrain.checkpoint.step_folders import list_steps
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.distributed.preemption import StopListener
 from jaxtrain.ladder.fit import Point
@@ -50,8 +51,7 @@ def check_folders(plan: Plan) -> None:
         if folder.exists():
             _check_branch(plan, cell)
             continue
-        found = (plan.trunk_folder(cell.size) / CHECKPOINTS).glob("*")
-        kept = sorted(int(path.name) for path in found if path.name.isdecimal())
+        kept = list_steps(plan.trunk_folder(cell.size) / CHECKPOINTS)
         if kept and start < kept[-1] and start not in kept:
             raise ValueError(
                 f"the decay to {cell.horizon} steps starts at step {start}, which the stable run "

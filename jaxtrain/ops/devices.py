@@ -5,7 +5,9 @@ import platform as host
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from pallas_kernels.chip import chip_of_kind
+from pallas_kernels.devices import chip_name, gpu_architecture
+
+__all__ = ["Device", "chip_name", "cpu_flags", "cpu_multiplies_bf16", "gpu_architecture"]
 
 Device: TypeAlias = Any  # jax.Device, which jaxlib defines without type stubs
 
@@ -22,15 +24,3 @@ def cpu_multiplies_bf16() -> bool:
     if not cpu_flags():  # not Linux: Apple's processors do so since the M2
         return host.machine() == "arm64"
     return bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
-
-
-def gpu_architecture(device: Device) -> str:
-    """Returns a GPU's architecture, such as "sm_86"; "" for other devices."""
-    capability = getattr(device, "compute_capability", None)
-    return f"sm_{str(capability).replace('.', '')}" if capability else ""
-
-
-def chip_name(device: Device) -> str:
-    """Returns a device's name in the chip table; "" if it has none."""
-    chip = chip_of_kind(device.device_kind)
-    return chip.name if chip else ""

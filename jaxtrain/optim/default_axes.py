@@ -111,7 +111,7 @@ def named_params(params: ArrayTree) -> tuple[list[tuple[str, Any]], set[str]]:
 def _listed(entries: Sequence[str], most: int = 5) -> str:
     """Joins entries by commas; those after the first few are only counted."""
     rest = len(entries) - most
-    return ", ".join(entries[:most]) + (f", and {rest} others" if rest > 0 else "")
+    return ", ".join(entries[:most]) + (f", and {rest} more" if rest > 0 else "")
 
 
 def check_floating(params: ArrayTree) -> None:
@@ -182,8 +182,9 @@ def _expand_stars(declared: dict[str, Axes | None], params: ArrayTree) -> dict[s
             if declared[other] != declared[star]:
                 pair = " and ".join(repr(s) for s in sorted((other, star)))
                 raise ValueError(
-                    f"names with a star must agree; got other axes of {name} from {pair}. Declare "
-                    f"{name} by its full name, which comes first."
+                    "names with a star that match one parameter must give it the same axes; got "
+                    f"different axes for {name} from {pair}. Declare {name} by its full name, "
+                    "which takes precedence."
                 )
     return {name: declared[star] for name, star in source.items()} | found
 
@@ -194,7 +195,8 @@ def resolve_axes(axes: Any, params: ArrayTree) -> AxesTree:
     Args:
         axes: None, a pytree like params or of any other containers with the same names, or a dict
             {name: axes}. It may leave parameters out. Its leaves are strings, tuples or Axes. A
-            star in a name stands for any characters, also dots; a name without one comes first.
+            star in a name stands for any characters, also dots; a name without one takes
+            precedence.
         params: arrays or ShapeDtypeStructs in any pytree: dicts, FrozenDict, nnx.State, Equinox
             modules. Leaves that are None or an optax.MaskedNode need no axes.
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from jaxtrain.axes import Axes
+from jaxtrain.distributed.mesh import names_in
 
 
 @contextlib.contextmanager
@@ -40,11 +41,13 @@ def explain_split_matrices(
         ]
         if not split:
             raise
-        others = f" and {len(split) - 1} others" if len(split) > 1 else ""
+        from_mesh = [axis for _, spec in specs for entry in spec for axis in names_in(entry)]
+        over = tuple(dict.fromkeys(from_mesh))
+        more = f" and {len(split) - 1} more" if len(split) > 1 else ""
         raise ValueError(
             "matrices must not be split over explicit axes of a mesh, as JAX cannot decide how "
-            f"their products are split; got {split[0]}{others}. Build the mesh by jax.make_mesh("
-            "..., axis_types=(AxisType.Auto,)), or update by jax.sharding.auto_axes(optimizer."
-            'update, axes=("data",), out_sharding=specs)(grads, state, params) with specs = '
-            "jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (grads, state))."
+            f"their products are split; got {split[0]}{more}. Build the mesh by jax.make_mesh("
+            "sizes, names, axis_types=(AxisType.Auto,) * len(names)), or update by jax.sharding."
+            f"auto_axes(optimizer.update, axes={over}, out_sharding=specs)(grads, state, params) "
+            "with specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (grads, state))."
         ) from error
