@@ -131,6 +131,8 @@ def flash_attention(
 ) -> jax.Array:
     """Computes flash_attention_reference; call it inside shard_map, on one device's heads.
 
+    shard_map needs check_vma=False, as for every Pallas call.
+
     Args:
         q_BTHK, k_BSGK, v_BSGK: bfloat16, float16 or float32; K is a power of two of at least 16,
             H a multiple of G, and T at most S.

@@ -98,8 +98,9 @@ def test_the_programs_of_the_library_page_run_and_continue(tmp_path, monkeypatch
         printed.append(capsys.readouterr().out.splitlines())
     assert [line.split()[0] for line in printed[0][1:3]] == ["10", "20"]
     assert float(printed[0][2].split()[1]) < float(printed[0][1].split()[1]) < np.log(256)
-    assert printed[1] == [printed[0][0], printed[0][3]]  # data and MFU
-    assert float(printed[0][3]) == pytest.approx(0.363, abs=0.001)
+    assert printed[1] == [printed[0][0], *printed[0][3:]]  # no losses
+    assert printed[0][3] == "trained 20 steps"
+    assert float(printed[0][4]) == pytest.approx(0.363, abs=0.001)
     np.testing.assert_allclose(scope["reference"], -(0.6 * 0.7 + 0.7) * 2, rtol=0.02)
 
 

@@ -62,6 +62,7 @@ def test_mfu_of_an_own_loop_needs_no_config(dtype, peak):
     [
         ({"chip": "a4"}, "Did you mean a40"),
         ({"dtype": "float64"}, "dtype must be one of bfloat16, float16, float32; got float64"),
+        ({"dtype": "bf16"}, "dtype must be one of .*; got 'bf16'"),
         ({"step_time_s": 0.0}, "step_time_s must be positive; got 0.0"),
         ({"flops": float("nan")}, "flops must be positive; got nan"),
         ({"devices": 0}, "devices must be positive; got 0"),

@@ -39,7 +39,7 @@ def update_by(optimizer):
 @pytest.mark.parametrize("recipe", BY_DIRECTION)
 def test_a_matrix_split_over_an_explicit_axis_is_refused_with_both_cures(recipe):
     mesh, params = place(SPLIT)
-    match = r"got w of P\(None, 'data'\)\. .*AxisType.Auto.*jax.sharding.auto_axes\("
+    match = r"got w of P\(None, 'data'\)\. .*AxisType.Auto.*jax.set_mesh\(mesh\).*auto_axes\("
     with pytest.raises(ValueError, match=match), jax.set_mesh(mesh):
         jax.eval_shape(update_by(recipe()), params, params)
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -128,7 +129,11 @@ def flatten_state(state: Any) -> dict[str, Any]:
     for keys, leaf in jax.tree_util.tree_leaves_with_path(state):
         path = jax.tree_util.keystr(keys, simple=True, separator=".")
         if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-            raise ValueError(f"every leaf of a state must be a jax.Array; got {path}={leaf!r}.")
+            shown = describe_array(leaf) if isinstance(leaf, np.ndarray) else repr(leaf)[:80]
+            raise ValueError(
+                f"every leaf of a state must be a jax.Array; got {path}, {type(leaf).__name__} "
+                f"{shown}. Convert it with jnp.asarray, or put a number or text into meta."
+            )
         # With an empty leaf Orbax fails halfway, and its threads then delay the exit for minutes.
         if not leaf.size:
             raise ValueError(

@@ -50,7 +50,10 @@ def mfu(
     """
     if isinstance(chip, str):
         chip = find_chip(chip)
-    name = jnp.dtype(dtype).name
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:  # such as "bf16"
+        name = repr(dtype)
     if name not in PEAK_OF:
         raise ValueError(f"dtype must be one of {', '.join(PEAK_OF)}; got {name}.")
     given = {"flops": flops, "step_time_s": step_time_s, "devices": devices}

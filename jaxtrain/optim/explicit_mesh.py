@@ -47,7 +47,8 @@ def explain_split_matrices(
         raise ValueError(
             "matrices must not be split over explicit axes of a mesh, as JAX cannot decide how "
             f"their products are split; got {split[0]}{more}. Build the mesh by jax.make_mesh("
-            "sizes, names, axis_types=(AxisType.Auto,) * len(names)), or update by jax.sharding."
-            f"auto_axes(optimizer.update, axes={over}, out_sharding=specs)(grads, state, params) "
-            "with specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (grads, state))."
+            "sizes, names, axis_types=(AxisType.Auto,) * len(names)), or update within "
+            f"jax.set_mesh(mesh) by jax.sharding.auto_axes(optimizer.update, axes={over}, "
+            "out_sharding=specs)(grads, state, params) with specs = jax.tree.map(lambda x: "
+            "jax.typeof(x).sharding.spec, (grads, state))."
         ) from error
