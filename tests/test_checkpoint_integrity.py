@@ -109,3 +109,11 @@ def test_a_record_with_any_changed_character_is_rejected(tmp_path):
             file.write_text(text[:i] + ("1" if letter != "1" else "2") + text[i + 1 :])
             with pytest.raises(CheckpointError, match="record/metadata"):
                 read_record(folder)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "got"), [(np.zeros((2, 3), "f4"), r"ndarray float32\[2,3\]"), (0.1, "float 0.1")]
+)
+def test_a_leaf_of_numpy_or_python_is_refused_with_what_to_do(leaf, got):
+    with pytest.raises(ValueError, match=f"got x, {got}. Convert it with jnp.asarray, or put"):
+        flatten_state({"x": leaf})
