@@ -152,7 +152,7 @@ def flatten_state(state: Any) -> dict[str, Any]:
     return flat
 
 
-def describe_array(leaf: jax.Array | jax.ShapeDtypeStruct) -> str:
+def describe_array(leaf: jax.Array | jax.ShapeDtypeStruct | np.ndarray) -> str:
     """Returns dtype and shape, such as `float32[16,32]`."""
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
