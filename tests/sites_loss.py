@@ -65,16 +65,17 @@ RUNS |= {
     f"period {PERIOD}, {codec}": {"sites.period": PERIOD, "sites.codec": codec}
     for codec in ("bf16", "int8", "int4", "int2")
 }
-RUNS |= {
-    f"period {PERIOD}, 3 fragments": {"sites.period": PERIOD, "sites.fragments": 3},
-    # Without grace, every exchange is used exactly 29 steps later, whichever site is faster.
-    f"period {PERIOD}, delay 29": {"sites.period": PERIOD, "sites.delay": 29, "sites.grace": 0},
-    f"period {PERIOD}, learning rate 0.02": {
-        "sites.period": PERIOD,
-        "optim.learning_rate": 0.02,
-    },
-    "learning rate 0.02": {"optim.learning_rate": 0.02},
-}
+RUNS |= {f"period {PERIOD}, 3 fragments": {"sites.period": PERIOD, "sites.fragments": 3}}
+# Without grace, every exchange is used exactly 29 steps later, whichever site is faster. The outer
+# step that is best without a delay need not be best with one.
+DELAYED = {"sites.period": PERIOD, "sites.delay": 29, "sites.grace": 0}
+RUNS |= {f"period {PERIOD}, delay 29": DELAYED}
+for rate in (1.0, 0.7):
+    own = {"sites.rate": rate, "sites.momentum": 0.0}
+    RUNS |= {f"period {PERIOD}, delay 29, rate {rate}, momentum 0.0": DELAYED | own}
+FASTER = {"optim.learning_rate": 0.02}
+RUNS |= {f"period {PERIOD}, learning rate 0.02": {"sites.period": PERIOD} | FASTER}
+RUNS |= {"learning rate 0.02": FASTER}
 
 
 class Table(NamedTuple):
