@@ -66,10 +66,10 @@ RUNS |= {
     for codec in ("bf16", "int8", "int4", "int2")
 }
 RUNS |= {f"period {PERIOD}, 3 fragments": {"sites.period": PERIOD, "sites.fragments": 3}}
-# Without grace, every exchange is used exactly 29 steps later, whichever site is faster. The outer
-# step that is best without a delay need not be best with one.
+# Without grace, every exchange is used exactly 5 or 29 steps later, whichever site is faster. The
+# outer step that is best without a delay need not be best with one.
 DELAYED = {"sites.period": PERIOD, "sites.delay": 29, "sites.grace": 0}
-RUNS |= {f"period {PERIOD}, delay 29": DELAYED}
+RUNS |= {f"period {PERIOD}, delay {delay}": DELAYED | {"sites.delay": delay} for delay in (5, 29)}
 for rate in (1.0, 0.7):
     own = {"sites.rate": rate, "sites.momentum": 0.0}
     RUNS |= {f"period {PERIOD}, delay 29, rate {rate}, momentum 0.0": DELAYED | own}
