@@ -23,12 +23,13 @@ Suites for the processor, which run by default:
 
 Suites for GPUs, which run only if named:
     gpu       our step at 124M to 1.4B against compiled PyTorch (extra `crosscheck`). Each runs in
-              its own process, with the same tokens per step, in its fastest micro-batch size: after
-              every size has one row, half of it is tried. Measures step time (p50, p95), tokens/s,
-              MFU by two conventions, the shares of optimizer and host, compilation time, time to
-              first step, memory used and predicted. Then tries the XLA options that
-              jaxtrain/ops/tuning.py lists as assumed, one at a time. It stays within --minutes and
-              lists the rows that it did not reach. Each row is stored as soon as it is measured.
+              its own process, with the same tokens per step. The first row of each model has the
+              largest micro-batch that fits; after every model has a row, half of that is tried, and
+              later rows use the faster one. Measures step time (p50, p95), tokens/s, MFU by two
+              conventions, the shares of optimizer and host, compilation time, time to first step,
+              memory used and predicted. Then tries the XLA options that jaxtrain/ops/tuning.py
+              lists as assumed, one at a time. It stays within --minutes and lists the rows that it
+              did not reach. Each row is stored as soon as it is measured.
               --trace=DIR stores profiles of our steps. Steps are shortened to 1.5 s, which makes
               the optimizer's share larger than in training. Figures `at 524288` are computed for a
               step of that many tokens. PyTorch's optimizer is timed inside its steps, ours as a
@@ -138,10 +139,11 @@ def parse(
     add("--minutes", type=positive(float), default=10.0, help="time to use; default: 10")
     add("--tiny", action="store_true", help="tiny models on any processor, to test the suite")
     add("--out", metavar="DIR", type=Path, help="first-day: folder of its results")
-    text = f"first-day: of {', '.join(stage.name for stage in STAGES)}; they run in the order of "
-    text += (
-        "this flag, and tests:2 gives the stage tests at most 2 minutes of this call; default: all"
+    stages = ", ".join(stage.name for stage in STAGES)
+    text = (
+        f"first-day: stages to run, in this order, of {stages}; tests:2 gives the stage tests at "
     )
+    text += "most 2 minutes of this call; default: all"
     add("--stages", type=lambda text: text.split(","), metavar="A,B", help=text)
     text = "first-day: write the results in --out into README and docs, and the tuned tables"
     add("--write", action="store_true", help=text)

@@ -29,7 +29,8 @@ def read_results(path: Path | None, tiny: bool) -> dict[str, Any]:
     """Returns the results that --resume continues; empty ones without a file.
 
     Raises:
-        ValueError: the file has no results of bench, or only one of them and this call is a trial.
+        ValueError: the file has no results of bench; or it is a trial and this call is a
+            measurement, or the reverse.
     """
     if path is None or not path.exists():
         return {"contests": {}}
@@ -126,7 +127,7 @@ def as_row(
 
 
 def row_key(entry: Contest | BenchRow) -> tuple:
-    """Returns what a row of a chip's table is of, in one minor series of JAX."""
+    """Returns the key of a row in a chip's table of one minor series of JAX: op, shape and mask."""
     return entry.op, tuple(entry.shape), entry.documents, entry.window
 
 

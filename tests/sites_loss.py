@@ -5,12 +5,12 @@
 
 Within a table every run sees the same number of tokens: one site with the whole batch ("one"), or
 two sites with half of it each. "half" is one site with half of the batch, so with half of the
-tokens. A site is a process of `jaxtrain train` on one core; two sites, or two runs of one site,
-train at a time. Model, optimizer and text are those of Muon in configs/study_transferred.py;
-nothing of the optimizer is tuned again for two sites, except in the runs that name a learning rate.
-The outer rate and momentum are chosen first, by six runs on a seed of their own. FILE gets a line
-for each run with its flags and its held-out loss, which must be equal at both sites; lines with
-other flags than the current ones are ignored.
+tokens. A site is a process of `jaxtrain train` on one core. At any time either one pair of sites
+trains, or as many runs of one site as there are cores. Model, optimizer and text are those of Muon
+in configs/study_transferred.py; nothing of the optimizer is tuned again for two sites, except in
+the runs that name a learning rate. The outer rate and momentum are chosen first, by six runs on a
+seed of their own. FILE gets a line for each run with its flags and its held-out loss, which must be
+equal at both sites; lines with other flags than the current ones are ignored.
 """
 
 import argparse
@@ -57,7 +57,7 @@ FLAGS = {
 TUNING_SEED = 11
 TUNED = [(rate, momentum) for momentum in (0.0, 0.3, 0.6) for rate in (0.7, 1.0)]
 PERIOD = 30
-LIMIT_S = 1.2  # for each step, after which a run is ended
+LIMIT_S = 1.2  # seconds per step; a run that takes longer is ended
 # {name: flags}; two sites also get the outer rate and momentum that were chosen.
 RUNS: dict[str, dict[str, Any]] = {"one": {}, "half": {}}
 RUNS |= {f"period {period}": {"sites.period": period} for period in (10, PERIOD, 100)}

@@ -139,7 +139,7 @@ def child_main(
 ) -> None:
     """Runs a child: does the job in the file argv[1] and writes its result to argv[2].
 
-    If the device runs out of memory before there is any result, that is {"oom": reason}.
+    If the device runs out of memory before a result is stored, the result is {"oom": reason}.
 
     Args:
         kinds: the function for each BenchJob.kind. It returns the result, or yields what it has

@@ -144,7 +144,7 @@ class FirstDay:
         return f"Minutes of this slice ({self.minutes:g} in all), in {self.folder}:\n{table}"
 
     def run(self, chosen: Sequence[Stage]) -> None:
-        """Runs those of some stages that are open, one after the other, while time is left."""
+        """Runs the chosen stages that are open, one after the other, while time is left."""
         for stage in chosen:
             if not (self.is_open(stage) and self._has_input(stage)):
                 continue

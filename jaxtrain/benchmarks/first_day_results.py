@@ -98,7 +98,7 @@ def _errors(value: Any, name: str) -> Iterator[str]:
 def find_problems(rows: Sequence[Row]) -> list[str]:
     """Returns the errors in a result, without those of rows that the next slice measures again.
 
-    A row that is not complete is one. A contest is an error if it was not finished or if a body of
+    An incomplete row is an error. A contest is an error if it was not finished or if a body of
     our kernel is wrong or failed, but not if a rival is missing.
     """
     found = []
