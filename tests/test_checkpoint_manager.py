@@ -157,7 +157,7 @@ def test_a_step_must_be_newer_than_what_is_stored(folder):
 def test_leaves_that_cannot_be_stored_are_refused(tmp_path):
     with Checkpoints(tmp_path, 1) as checkpoints:
         for leaf in (3, np.zeros(2), "text"):
-            with pytest.raises(ValueError, match="a.x="):
+            with pytest.raises(ValueError, match="got a.x, "):
                 checkpoints.save(1, {"a": {"x": leaf}}, {})
         with pytest.raises(ValueError, match=r"a, float32\[2,0\]"):
             checkpoints.save(1, {"a": jnp.zeros((2, 0))}, {})
