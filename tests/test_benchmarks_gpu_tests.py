@@ -20,6 +20,7 @@ def test_hangs(): time.sleep(60)
 """
 
 
+@pytest.mark.long
 def test_a_test_that_hangs_or_breaks_cuda_costs_no_other_test_its_outcome(tmp_path, monkeypatch):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "conftest.py").write_text("")

@@ -56,6 +56,7 @@ def bfloat16_errors(start, seed, folder):
     return compare_bfloat16(truth, read_trace(folder / "ours.jsonl"), theirs)
 
 
+@pytest.mark.long
 def test_bfloat16_costs_us_at_most_a_tenth_more_than_pytorch(tmp_path, text, monkeypatch):
     """Compares the passes over three seeds, and not the updates: Adam turns a gradient near zero
     into its sign, so that its errors are chance (0.3 to 4 times PyTorch's in one seed).

@@ -37,6 +37,7 @@ def test_a_notebook_runs_from_its_first_cell_to_its_last(name):
             exec("".join(cell["source"]), scope)
 
 
+@pytest.mark.long
 def test_the_call_of_a_kernel_that_a_page_shows_equals_the_reference():
     section = (
         (DOCS / "kernels.md").read_text().partition("## Call a kernel from your own model\n")[2]

@@ -180,7 +180,7 @@ def test_tuning_that_crashes_is_an_error_and_not_left_for_the_next_slice(monkeyp
 def test_a_child_learns_the_seconds_that_it_has_when_its_turn_comes(monkeypatch, tmp_path):
     limits = []
     job, result = tmp_path / "job.json", tmp_path / "result.json"
-    job.write_text(json.dumps({"name": NORM, "tiny": True}))
+    job.write_text(json.dumps({"name": NORM, "tiny": True, "tune_s": 5.0}))  # without torch
     monkeypatch.setattr("sys.stdin", SimpleNamespace(readline=lambda: "12.5\n"))
     monkeypatch.setattr(
         contest_child, "run_contest", lambda job, save, limit_s: limits.append(limit_s)

@@ -174,6 +174,7 @@ def gradients(model, params):
     return jax.jit(jax.value_and_grad(lambda p: (model.apply(p, TOKENS) * weights).sum()))(params)
 
 
+@pytest.mark.long
 def test_remat_blocks_and_a_mesh_together_change_no_gradient():
     values = MIXED | {"L": 3}  # one period of two layers, and one layer more
     params = reference()[1]

@@ -56,7 +56,7 @@ def test_what_needs_no_products_of_split_matrices_is_stepped():
         ours = step(update_by(optimizer), mesh, params)
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-2, atol=1e-5),
-            *(ours, update_by(optimizer)(VALUES, VALUES)),
+            *(ours, jax.jit(update_by(optimizer))(VALUES, VALUES)),
         )
 
 

@@ -56,6 +56,7 @@ def test_a_run_prints_six_lines_at_its_start_and_config_json_has_the_rest(
     assert any("no MFU, no MBU: 'cpu' has no peak" in line for line in stored["measures"])
 
 
+@pytest.mark.long
 def test_details_of_routes_optimizer_groups_measurements_and_mesh_are_printed_on_request(
     folder, capsys
 ):
