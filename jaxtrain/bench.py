@@ -140,10 +140,8 @@ def parse(
     add("--tiny", action="store_true", help="tiny models on any processor, to test the suite")
     add("--out", metavar="DIR", type=Path, help="first-day: folder of its results")
     stages = ", ".join(stage.name for stage in STAGES)
-    text = (
-        f"first-day: stages to run, in this order, of {stages}; tests:2 gives the stage tests at "
-    )
-    text += "most 2 minutes of this call; default: all"
+    text = f"first-day: stages to run, in this order, of {stages}; tests:2 gives the stage tests "
+    text += "at most 2 minutes of this call; default: all"
     add("--stages", type=lambda text: text.split(","), metavar="A,B", help=text)
     text = "first-day: write the results in --out into README and docs, and the tuned tables"
     add("--write", action="store_true", help=text)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import pytest
 
 from jaxtrain.config.train_config import ModelConfig
-from jaxtrain.ops.devices import chip_name
 from jaxtrain.ops.routes import choose_routes
 from pallas_kernels.add_norm import add_norm
 from pallas_kernels.attention_arguments import tiles_for_device
+from pallas_kernels.devices import chip_name
 from pallas_kernels.flash_attention import flash_attention, flash_attention_reference
 from pallas_kernels.head_scores import head_scores
 from pallas_kernels.qk_rope import qk_rope

@@ -25,8 +25,9 @@ from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.metrics.flops import training_flops
 from jaxtrain.metrics.hlo_collectives import Collective, find_collectives
 from jaxtrain.metrics.work_kinds import ATTENTION, CLASSES, MEMORY, PRODUCTS, kind_of
-from jaxtrain.ops.devices import Device, chip_name
+from jaxtrain.ops.devices import Device
 from pallas_kernels.chip import CHIPS, Chip, explain_unknown, find_chip
+from pallas_kernels.devices import chip_name
 from pallas_kernels.hlo import Program
 
 # Model dtype -> type of the products on tensor cores. By default XLA computes float32 in TF32.

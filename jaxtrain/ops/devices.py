@@ -1,13 +1,9 @@
-"""What a device is: its GPU architecture, its name in the chip table, and its fast products."""
+"""What products this host's CPU computes fast; pallas_kernels/devices.py identifies GPUs."""
 
 import functools
 import platform as host
 from pathlib import Path
 from typing import Any, TypeAlias
-
-from pallas_kernels.devices import chip_name, gpu_architecture
-
-__all__ = ["Device", "chip_name", "cpu_flags", "cpu_multiplies_bf16", "gpu_architecture"]
 
 Device: TypeAlias = Any  # jax.Device, which jaxlib defines without type stubs
 

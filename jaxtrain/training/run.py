@@ -18,7 +18,6 @@ from jaxtrain.model.loss import build_loss
 from jaxtrain.model.transformer import Model, build_model, count_params
 from jaxtrain.ops import tuning
 from jaxtrain.ops.cudnn import explain_missing_cudnn
-from jaxtrain.ops.devices import chip_name, gpu_architecture
 from jaxtrain.ops.fused import missing_kernels
 from jaxtrain.ops.precision import resolve_dtype
 from jaxtrain.ops.routes import choose_routes
@@ -34,6 +33,7 @@ from jaxtrain.training.step import (
     build_step,
     place_rates,
 )
+from pallas_kernels.devices import chip_name, gpu_architecture
 
 # Fields that depend on the machine that trained. A machine that only reads the weights may have no
 # GPU, or a different number of devices; the weights define the same function there.

@@ -26,7 +26,6 @@ from jaxtrain.metrics.mfu import (
     memory_metrics,
 )
 from jaxtrain.ops import tuning
-from jaxtrain.ops.devices import chip_name
 from jaxtrain.ops.routes import describe_routes
 from jaxtrain.optim.param_groups import format_group_table, group_table
 from jaxtrain.optim.preconditioner_cost import ROTATIONS, owner_imbalance
@@ -35,6 +34,7 @@ from jaxtrain.run_directory.lineage import KEY, read_branch, read_lineage
 from jaxtrain.training.evaluation import Evaluator
 from jaxtrain.training.programs import batch_phases, schedule_lines
 from jaxtrain.training.run import Run
+from pallas_kernels.devices import chip_name
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("jaxtrain", "pallas_kernels")  # whose code computes a step
