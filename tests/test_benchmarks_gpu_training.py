@@ -234,6 +234,9 @@ def test_the_gpu_suite_runs_to_its_end_at_tiny_size(tmp_path, monkeypatch, capsy
     for row in steps:
         assert row["tokens_per_s"] * row["step_s"] == pytest.approx(row["tokens_per_step"])
         assert row["step_p95_s"] >= row["step_s"] > 0 < row["optimizer_s"]
+        assert len(row["steps_s"]) == row["samples"] and row["step_s"] == pytest.approx(
+            np.median(row["steps_s"])
+        )
         assert row["mfu"] is None and "not in the chip table" in row["no_mfu"]
     assert steps[-1]["what"] == "warm start"
     assert ("ratio" in [row["what"] for row in rows]) == HAS_TORCH

@@ -91,6 +91,7 @@ def time_steps(
         "first_step_s": first_step_s,
         "step_s": p50_s,
         "step_p95_s": p95_s,
+        "steps_s": steps_s,
         "host_s": float(np.median(launches_s)),
         "samples": count,
         "tokens_per_step": job.batch * cfg.data.seq_len,
