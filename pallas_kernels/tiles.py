@@ -91,8 +91,18 @@ class AmpereAttentionTiles(NamedTuple):
     body: str = "ampere"
 
 
+class BlockTiles(NamedTuple):
+    """Sizes of the blocks of a kernel that computes each element on its own."""
+
+    rows: int  # of a block; a block of fewer columns has more rows
+    columns: int
+    warps: int  # per program
+    programs: int = 0  # along the rows, each for several blocks; 0: one for each block
+
+
 ATTENTION_KINDS = AttentionTiles, MosaicAttentionTiles, AmpereAttentionTiles, DqProductTiles
 PRODUCT_KINDS = ProductTiles, MosaicProductTiles, AmpereProductTiles
+OP_KINDS = {"attention": ATTENTION_KINDS, "gelu": (BlockTiles,)}  # else PRODUCT_KINDS
 KernelTiles = (
     AttentionTiles
     | MosaicAttentionTiles
@@ -101,6 +111,7 @@ KernelTiles = (
     | ProductTiles
     | MosaicProductTiles
     | AmpereProductTiles
+    | BlockTiles
 )
 
 
@@ -114,6 +125,9 @@ class FlashAttentionTiles(NamedTuple):
 
 # The tiles of all kernels of one op. Values are KernelTiles: Any, because each caller knows which.
 OpTiles = FlashAttentionTiles | dict[str, Any]
+
+# A thread loads 16 bytes at a time, and several times before it computes; the same on each GPU.
+GELU_TILES = {"gelu": BlockTiles(8, 1_024, 8), "gelu_backward": BlockTiles(4, 1_024, 8, 128)}
 
 # "attention" is for heads of more than 64. On sm_86, which has little shared memory,
 # FlashAttention-2's backward of such heads uses tiles of 64x64 and 8 warps too.
@@ -132,6 +146,7 @@ TILES: dict[str, dict[str, Any]] = {
         "head": ProductTiles(128, 128, 32, 4, 3),
         "square": ProductTiles(128, 128, 32, 4, 3),
         "square_sum": ProductTiles(128, 128, 32, 8, 3),
+        **GELU_TILES,
     },
     "sm_90": {
         "attention": FlashAttentionTiles(
@@ -142,6 +157,7 @@ TILES: dict[str, dict[str, Any]] = {
         "head": ProductTiles(128, 128, 64, 8, 3),
         "square": ProductTiles(128, 128, 64, 8, 3),
         "square_sum": ProductTiles(128, 128, 64, 8, 3),
+        **GELU_TILES,
     },
 }
 

@@ -4,6 +4,7 @@ JAX 0.11 deprecates this backend in favour of Mosaic GPU, which jax 0.10.2 lacks
 A6000). The bodies in Mosaic GPU for these GPUs are in *_ampere.py.
 """
 
+import struct
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -51,6 +52,47 @@ def exp2(x: jax.Array, scale: float, shift: jax.Array, interpret: bool) -> jax.A
         constraints="=f,f,f,f",
         pack=1,
         result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )
+    return result
+
+
+def ptx_float(number: float) -> str:
+    """Returns a number as PTX writes an exact float32 constant."""
+    return f"0f{struct.unpack('>I', struct.pack('>f', number))[0]:08X}"
+
+
+def inline_assembly(assembly: str, *arrays: jax.Array) -> jax.Array:
+    """Returns what a fragment of PTX computes from each element of float32 arrays, in float32.
+
+    The compiler would not merge a product and a sum that it was given, as `fma` in PTX does.
+
+    Args:
+        assembly: reads an element of each array as $1, $2, ..., and writes $0.
+    """
+    (result,) = triton.elementwise_inline_asm(
+        assembly,
+        args=arrays,
+        constraints=",".join(["=f"] + ["f"] * len(arrays)),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(arrays[0].shape, jnp.float32)],
+    )
+    return result
+
+
+def narrow(x: jax.Array, dtype: Any, interpret: bool) -> jax.Array:
+    """Returns x, in float32, rounded to dtype.
+
+    A value that is rounded, stored and also read again is otherwise rounded by an instruction that
+    is as slow as exp2; this one rounds two numbers at once.
+    """
+    if interpret or dtype != jnp.bfloat16 or x.size % 2:
+        return x.astype(dtype)
+    (result,) = triton.elementwise_inline_asm(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;",
+        args=[x],
+        constraints="=r,f,f",
+        pack=2,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)],
     )
     return result
 

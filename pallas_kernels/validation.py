@@ -13,7 +13,9 @@ import numpy as np
 from jax.core import Tracer
 
 from pallas_kernels.tiles import (
+    GELU_TILES,
     AmpereProductTiles,
+    BlockTiles,
     MosaicProductTiles,
     ProductTiles,
     body_of,
@@ -199,3 +201,32 @@ def check_qk_rope(x_BTHK: Any, gain_K: Any, cos_TK: Any, sin_TK: Any, eps: float
     sizes.check("cos_TK", cos_TK, "TK", [jnp.float32])
     sizes.check("sin_TK", sin_TK, "TK", [jnp.float32])
     _check_eps(eps)
+
+
+def check_gelu(x_XF: Any, bias_F: Any, tiles: Any) -> None:
+    """Raises ValueError if gelu does not support these arguments; the bias may be None."""
+    _check_floating("x_XF", x_XF)
+    if jnp.dtype(x_XF.dtype).itemsize > 4:
+        raise ValueError(f"x_XF must have at most 32 bits; got {describe(x_XF)}.")
+    check = Sizes().check
+    check("x_XF", x_XF, x_XF.shape, [x_XF.dtype])
+    if bias_F is not None:
+        check("bias_F", bias_F, x_XF.shape[-1:], [jnp.float32])
+    if not isinstance(tiles, dict) or tiles.keys() != GELU_TILES.keys():
+        raise ValueError(f"tiles must have the keys {', '.join(GELU_TILES)}; got {tiles!r}.")
+    for kernel, value in tiles.items():
+        _check_block(f"tiles[{kernel!r}]", value)
+
+
+def _check_block(name, tiles):
+    """Raises ValueError unless Triton can compile a kernel with these BlockTiles."""
+    if not isinstance(tiles, BlockTiles):
+        raise ValueError(f"{name} must be BlockTiles; got {tiles!r}.")
+    for field in ("rows", "columns", "warps"):
+        size = getattr(tiles, field)
+        if not isinstance(size, int) or size < 1 or not is_power_of_two(size):
+            raise ValueError(f"{name}.{field} must be a power of two; got {size!r}.")
+    if not isinstance(tiles.programs, int) or tiles.programs < 0:
+        raise ValueError(
+            f"{name}.programs must be 0 or a positive integer; got {tiles.programs!r}."
+        )

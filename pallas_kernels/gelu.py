@@ -1,0 +1,239 @@
+"""GELU of a sum, y = gelu(x + bias) in its form with tanh, and its gradients, each in one pass.
+
+GELU is u * s with s = sigmoid(RATE * (u + CUBIC * u^3)), and its derivative is
+s * (1 + (u - u * s) * slope) with slope = RATE + 3 * RATE * CUBIC * u^2. Bound: memory. For N rows
+of F elements of b bytes, forward moves 2*N*F*b (reads x, writes y) and backward 3*N*F*b (reads dy
+and x, writes dx, and sums the bias' gradient). XLA moves the same bytes, but loads 8 bytes a thread
+at a time, where these kernels load 16, and computes with 26 instructions an element, where the
+forward has about 10 and the backward about 18 (python -m pallas_kernels.audit).
+
+Source: Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels import triton
+from pallas_kernels.tiles import GELU_TILES, BlockTiles
+from pallas_kernels.validation import check_gelu
+
+RATE, CUBIC = math.sqrt(8 / math.pi), 0.044715
+NARROWEST = 256  # columns that are worth a block without padding; fewer leave lanes of a warp idle
+
+# u -> sigmoid. 2**(u * (A * u^2 + B)) is exp of the negated argument. ex2 and rcp are accurate to
+# 22 bits and take infinities and NaN as their exact functions do. Subnormal results become zero.
+# Source: NVIDIA's PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution
+_SIGMOID = """
+    mul.f32 u2, $1, $1;
+    fma.rn.f32 e, u2, {cubic}, {linear};
+    mul.f32 e, e, $1;
+    ex2.approx.ftz.f32 e, e;
+    add.f32 e, e, 0f3F800000;
+    rcp.approx.ftz.f32 s, e;
+"""
+_FORWARD = "{{ .reg .f32 u2, e, s;" + _SIGMOID + "mul.f32 $0, $1, s; }}"
+_BACKWARD = (
+    "{{ .reg .f32 u2, e, s, w, d;"
+    + _SIGMOID
+    + """
+    neg.f32 w, s;
+    fma.rn.f32 w, $1, w, $1;
+    fma.rn.f32 d, u2, {slope_cubic}, {slope_linear};
+    fma.rn.f32 w, w, d, 0f3F800000;
+    mul.f32 s, s, $2;
+    mul.f32 $0, s, w; }}
+"""
+)
+_EXPONENT = -RATE * CUBIC / math.log(2), -RATE / math.log(2)
+_NUMBERS = {
+    "cubic": triton.ptx_float(_EXPONENT[0]),
+    "linear": triton.ptx_float(_EXPONENT[1]),
+    "slope_cubic": triton.ptx_float(3 * RATE * CUBIC),
+    "slope_linear": triton.ptx_float(RATE),
+}
+
+
+def gelu_reference(x_XF: jax.Array, bias_F: jax.Array | None) -> jax.Array:
+    """Reference implementation: computes in at least float32, returns x.dtype."""
+    u = x_XF.astype(jnp.promote_types(x_XF.dtype, jnp.float32))
+    u = u if bias_F is None else u + bias_F
+    return jax.nn.gelu(u, approximate=True).astype(x_XF.dtype)
+
+
+def _sigmoid(u, u2):
+    return 1 / (1 + jnp.exp2(u * (_EXPONENT[0] * u2 + _EXPONENT[1])))
+
+
+def _gelu(u, interpret):
+    if not interpret:
+        return triton.inline_assembly(_FORWARD.format(**_NUMBERS), u)
+    return u * _sigmoid(u, u * u)
+
+
+def _gelu_gradient(u, dy, interpret):
+    if not interpret:
+        return triton.inline_assembly(_BACKWARD.format(**_NUMBERS), u, dy)
+    u2 = u * u
+    sigmoid = _sigmoid(u, u2)
+    return dy * sigmoid * (1 + (u - u * sigmoid) * (3 * RATE * CUBIC * u2 + RATE))
+
+
+class _Blocks:
+    """The blocks of [N,F] that a program computes one after another, all of the same columns.
+
+    Where F is not a multiple of the tiles' columns, blocks are narrower and have more rows, or, if
+    they would be too narrow, end in padding.
+    """
+
+    def __init__(self, N: int, F: int, tiles: BlockTiles):
+        columns = math.gcd(F, tiles.columns)  # a power of two
+        if columns < min(NARROWEST, tiles.columns):
+            columns = min(tiles.columns, pl.next_power_of_2(F))
+        self.N, self.F, self.columns = N, F, columns
+        self.rows = max(tiles.rows * tiles.columns // columns, 1)
+        self.row_blocks = pl.cdiv(N, self.rows)
+        self.programs = min(tiles.programs or self.row_blocks, self.row_blocks)  # along the rows
+        self.grid = pl.cdiv(F, columns), self.programs
+
+    def start(self):
+        """Locates the columns and the first block of this program."""
+        self.program = pl.program_id(1)
+        self.column = pl.program_id(0) * self.columns + jnp.arange(self.columns)
+        self.column_mask = None if self.F % self.columns == 0 else self.column < self.F
+
+    def read_bias(self, ref):
+        """Returns the bias of the columns, [1,columns], or 0."""
+        if ref is None:
+            return 0.0
+        return _load(ref.at[self.column], self.column_mask)[None, :].astype(jnp.float32)
+
+    def locate(self, step):
+        """Returns the index of a block's elements, and the mask of those that exist or None."""
+        block = self.program + step * self.programs
+        row = (block * self.rows + jnp.arange(self.rows))[:, None]
+        masks = [] if self.column_mask is None else [self.column_mask[None, :]]
+        masks += [row < self.N] if self.N % self.rows else []
+        shape = self.rows, self.columns
+        masks = [jnp.broadcast_to(mask, shape) for mask in masks]
+        mask = functools.reduce(jnp.logical_and, masks) if masks else None
+        return (row, self.column[None, :]), mask
+
+    def loop(self, body, carry):
+        """Runs body(step, carry) for each block of this program."""
+        if self.programs == self.row_blocks:
+            return body(0, carry)
+        blocks = -((self.program - self.row_blocks) // self.programs)
+        return jax.lax.fori_loop(0, blocks, body, carry)
+
+
+def _load(ref, mask):
+    return triton.load(ref) if mask is None else triton.load(ref, mask=mask, other=0.0)
+
+
+def _forward_kernel(x_ref, *refs, tiles, interpret):
+    *bias_ref, y_ref = refs
+    blocks = _Blocks(*x_ref.shape, tiles)
+    blocks.start()
+    bias = blocks.read_bias(*bias_ref) if bias_ref else 0.0
+
+    def compute_block(step, carry):
+        index, mask = blocks.locate(step)
+        u = _load(x_ref.at[index], mask).astype(jnp.float32) + bias
+        triton.store(y_ref.at[index], _gelu(u, interpret).astype(y_ref.dtype), mask=mask)
+        return carry
+
+    blocks.loop(compute_block, 0)
+
+
+def _backward_kernel(dy_ref, x_ref, *refs, tiles, interpret):
+    bias_ref, dx_ref, sum_ref = refs if len(refs) == 3 else (None, *refs, None)
+    blocks = _Blocks(*x_ref.shape, tiles)
+    blocks.start()
+    bias = blocks.read_bias(bias_ref)
+
+    def compute_block(step, total):
+        index, mask = blocks.locate(step)
+        x, dy = (_load(ref.at[index], mask).astype(jnp.float32) for ref in (x_ref, dy_ref))
+        dx = _gelu_gradient(x + bias, dy, interpret)
+        dx = triton.narrow(dx, dx_ref.dtype, interpret)
+        triton.store(dx_ref.at[index], dx, mask=mask)
+        # The sum is of what the products before also read: the rounded gradient. Padding adds 0
+        # where the bias is finite, and else what all rows of the column add.
+        return total if sum_ref is None else total + dx.astype(jnp.float32)
+
+    shape = (blocks.rows, blocks.columns)
+    total = blocks.loop(compute_block, 0 if sum_ref is None else jnp.zeros(shape, jnp.float32))
+    if sum_ref is not None:
+        part = sum_ref.at[blocks.program, blocks.column]
+        triton.store(part, jnp.sum(total, axis=0), mask=blocks.column_mask)
+
+
+def gelu(
+    x_XF: jax.Array,
+    bias_F: jax.Array | None = None,
+    tiles: dict[str, BlockTiles] | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Computes gelu_reference in one kernel; call it inside shard_map, on one device's part.
+
+    Args:
+        x_XF: of any floating type; the kernels compute in float32.
+        bias_F: float32, or None.
+        tiles: of the two kernels, "gelu" and "gelu_backward"; None: GELU_TILES.
+        interpret: runs without a GPU, for tests.
+
+    Returns:
+        [X,F] in x.dtype. It has first-order gradients, which need only x and the bias; that of the
+        bias is the sum of x's.
+
+    Raises:
+        ValueError: check_gelu refuses the arguments.
+    """
+    tiles = GELU_TILES if tiles is None else tiles
+    check_gelu(x_XF, bias_F, tiles)
+    return _fused(x_XF, bias_F, tiles["gelu"], tiles["gelu_backward"], interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _fused(x_XF, bias_F, tiles, backward_tiles, interpret):
+    return _forward(x_XF, bias_F, tiles, backward_tiles, interpret)[0]
+
+
+def _forward(x_XF, bias_F, tiles, backward_tiles, interpret):
+    del backward_tiles
+    x_NF = x_XF.reshape(-1, x_XF.shape[-1])
+    y_NF = triton.call(
+        functools.partial(_forward_kernel, tiles=tiles, interpret=interpret),
+        name="bias_gelu_forward",
+        grid=_Blocks(*x_NF.shape, tiles).grid,
+        out_shape=triton.like(x_NF),
+        warps=tiles.warps,
+        interpret=interpret,
+    )(x_NF, *([] if bias_F is None else [bias_F]))
+    return y_NF.reshape(x_XF.shape), (x_XF, bias_F)
+
+
+def _backward(tiles, backward_tiles, interpret, residuals, dy_XF):
+    del tiles
+    x_XF, bias_F = residuals
+    F = x_XF.shape[-1]
+    dy_NF, x_NF = (x.reshape(-1, F) for x in (dy_XF, x_XF))
+    blocks, biased = _Blocks(*x_NF.shape, backward_tiles), bias_F is not None
+    partial_sums = [triton.like(x_NF, jnp.float32, (blocks.programs, F))] * biased
+    dx_NF, *partial_PF = triton.call(
+        functools.partial(_backward_kernel, tiles=backward_tiles, interpret=interpret),
+        name="bias_gelu_backward",
+        grid=blocks.grid,
+        out_shape=[triton.like(x_NF), *partial_sums],
+        warps=backward_tiles.warps,
+        interpret=interpret,
+    )(dy_NF, x_NF, *([bias_F] if biased else []))
+    # Summed in a fixed order, without atomics: the result has the same bits every time.
+    return dx_NF.reshape(x_XF.shape), partial_PF[0].sum(0) if biased else None
+
+
+_fused.defvjp(_forward, _backward)
