@@ -36,11 +36,14 @@ The exit status is 1 if a kernel
     Ampere, without asynchronous copies;
   - has fewer blocks that fit on a multiprocessor than its floor in audit_cases.py;
   - spends more arithmetic on a score, in its leanest loop, than its budget in audit_cases.py;
+  - is GELU's and spends more arithmetic on an element of a block, in the entire kernel, than its
+    budget there, or loads or stores less than 16 bytes a thread at a time;
   - is attention's backward for Triton on Ampere and keeps shared memory busy for longer, for each
     score, than its ceiling there.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +58,7 @@ from pallas_kernels.audit_report import (
     HEADER,
     Entry,
     arithmetic_a_score,
+    arithmetic_an_element,
     shared_cycles_of_32_scores,
     write_entries,
 )
@@ -64,9 +68,8 @@ from pallas_kernels.search_space import candidates, default_bodies
 from pallas_kernels.tiles import (
     MOSAIC,
     TILES,
-    AmpereAttentionTiles,
     AttentionTiles,
-    MosaicAttentionTiles,
+    BlockTiles,
     OpTiles,
     body_of,
     describe_tiles,
@@ -82,12 +85,12 @@ def find_faults(
     report: KernelReport,
     chip: Chip,
     body: str = "triton",
-    tiles: AttentionTiles | AmpereAttentionTiles | MosaicAttentionTiles | None = None,
+    tiles: Any = None,
 ) -> list[str]:
     """Returns a sentence for each requirement that a compiled kernel does not meet.
 
     Args:
-        tiles: those of an attention kernel, to check its budgets.
+        tiles: those of a kernel of attention or GELU, to check its budgets.
     """
     floor = 1 if body == "mosaic" else case.floor  # one block of Hopper's fills a multiprocessor
     resources, faults = report.resources, []
@@ -108,6 +111,8 @@ def find_faults(
         faults.append("no asynchronous copy")
     if report.blocks_per_sm(chip) < floor:
         faults.append(f"{report.blocks_per_sm(chip)} blocks per multiprocessor; needs {floor}")
+    if isinstance(tiles, BlockTiles):
+        faults += _find_block_faults(case, report, tiles)
     if tiles and case.budget:
         of_body = {"ampere": AMPERE_FORWARD_BUDGET, "mosaic": case.mosaic_budget}
         budget = of_body.get(body, case.budget)
@@ -122,6 +127,25 @@ def find_faults(
         busy = min(shared_cycles_of_32_scores(report, tiles, chip), default=0.0)
         if busy > ceiling:
             faults.append(f"{busy:.1f} cycles of shared memory for 32 scores; at most {ceiling:g}")
+    return faults
+
+
+def _find_block_faults(case: Case, report: KernelReport, tiles: BlockTiles) -> list[str]:
+    """Returns what is wrong with a kernel that memory limits: narrow accesses, or arithmetic."""
+    faults = []
+    widths = Counter()
+    for operation, count in report.resources.operations.items():
+        if operation.name in ("LDG", "STG"):
+            widths[operation.size] += count
+    if narrow := {size: count for size, count in sorted(widths.items()) if size < 16}:
+        counts = ", ".join(f"{count} of {size} bytes" for size, count in narrow.items())
+        faults.append(f"loads or stores less than 16 bytes a thread: {counts}")
+    figure = arithmetic_an_element(report, tiles)
+    if figure > case.element_budget:
+        faults.append(
+            f"{figure:.2f} arithmetic instructions an element of a block; the budget is "
+            f"{case.element_budget:g}"
+        )
     return faults
 
 
@@ -207,7 +231,7 @@ def audit(
         entry = Entry(chip, case, body, report, kernel_tiles(tiles, case.kernel) if tiles else None)
         show(entry.format())
         entries.append(entry)
-        of_budget = entry.tiles if case.op == "attention" else None
+        of_budget = entry.tiles if case.op in ("attention", "gelu") else None
         found = find_faults(case, report, chip, body, of_budget)
         faults += [f"{where}: {fault}" for fault in found]
     return entries, faults

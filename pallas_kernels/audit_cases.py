@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels.add_norm import add_norm
 from pallas_kernels.call_flops import ATTENTION_WORK, STORED_WORK, visible_pairs
 from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.gelu import gelu
 from pallas_kernels.head_scores import head_scores
 from pallas_kernels.qk_rope import qk_rope
 from pallas_kernels.symmetric import symmetric
@@ -32,11 +33,15 @@ class Case(NamedTuple):
     only_body: str = ""  # the only body that is compiled at this shape
     why_only: str = ""
     build_all: Callable | None = None  # like build, but of all kernels of the op at this shape
-    sizes: tuple[int, ...] = ()  # B, T, H, G, K of attention; N, D, V of head; X, M, N of square
+    # B, T, H, G, K of attention; N, D, V of head; X, M, N of square; N, F of GELU
+    sizes: tuple[int, ...] = ()
     tiles: Any = None  # the kernel's, in place of its body's default
     window: int | None = None  # how many keys a query of attention sees; None: all
     budget: float = 0.0  # the most arithmetic instructions a score in the leanest loop; 0: any
     mosaic_budget: float = 0.0  # the same for Hopper's Mosaic body
+    # The most arithmetic instructions of the entire kernel for each element of a block; 0: any. All
+    # its accesses to memory must then be of 16 bytes a thread.
+    element_budget: float = 0.0
 
     @property
     def K(self) -> int:
@@ -62,6 +67,8 @@ MOSAIC_BUDGETS = {
 # The most cycles for which Triton's backward on an A40 keeps shared memory busy for 32 scores, by
 # kernel and K: ceilings, as counted on 2026-11-27 with jax 0.10.2 and 0.11.2.
 SHARED_CEILINGS = {("dkv", 128): 31.4, ("dq", 128): 17.0, ("dkv", 64): 12.2, ("dq", 64): 8.0}
+
+ELEMENT_BUDGETS = {"gelu": 11.0, "gelu_backward": 24.0}  # as counted on 2026-11-28, rounded up
 
 
 def _array(*shape, dtype: Any = jnp.bfloat16):
@@ -101,6 +108,29 @@ def _qk_rope_case(B, T, H, K, floor):
 
     shape, hbm_bytes = f"{B}x{T}x{H}x{K} bf16", 6 * B * T * H * K + 4 * T * K
     return Case("qk_rope_backward", shape, build, hbm_bytes, 0.0, floor, op="qk_rope")
+
+
+def _gelu_case(backward, N, F, floor):
+    """Returns a case of GELU with a bias.
+
+    An element of the forward takes 2 FMA and ALU instructions to unpack x and add the bias, 5 for
+    the sigmoid besides ex2 and rcp, 1 product and half a conversion. The backward takes 3 to unpack
+    x, dy and the rounded dx, 13 for the gradient, and 2 for the sums; and at the end it adds its
+    threads' sums, as often as it has columns.
+    """
+
+    def build(tiles):
+        x, bias = _array(N, F), _array(F, dtype=jnp.float32)
+        if not backward:
+            return lambda x, bias: gelu(x, bias, tiles), (x, bias)
+        gradients = lambda x, bias, dy: jax.vjp(lambda *xs: gelu(*xs, tiles), x, bias)[1](dy)
+        return gradients, (x, bias, x)
+
+    direction, kernel = ("backward", "gelu_backward") if backward else ("forward", "gelu")
+    hbm_bytes = 2 * N * F * (3 if backward else 2)
+    case = Case(f"bias_gelu_{direction}", f"{N}x{F} bf16", build, hbm_bytes, 0.0, floor)
+    budget = ELEMENT_BUDGETS[kernel]
+    return case._replace(op="gelu", kernel=kernel, sizes=(N, F), element_budget=budget)
 
 
 def _symmetric_case(X, M, N, floor, adds=False):
@@ -207,6 +237,7 @@ CASES = [
     *(_norm_case(True, 8_192, D, floor) for D, floor in ((768, 8), (2_048, 3), (8_192, 1))),
     _qk_rope_case(4, 2_048, 16, 128, floor=8),
     _qk_rope_case(8, 1_024, 12, 64, floor=8),
+    *(_gelu_case(backward, 32_768, F, 4) for backward in (False, True) for F in (3_072, 5_120)),
     _head_case(1_024, 2_048, 50_304, keep="exponentials"),
     _head_case(1_024, 768, 50_257, keep="logits"),
     _head_case(1_024, 2_048, 50_304, keep="", softcap=15.0),

@@ -11,12 +11,14 @@ import jax
 from pallas_kernels.audit_cases import Case
 from pallas_kernels.chip import Chip
 from pallas_kernels.loop_model import WARP_GROUP, Bounds, LoopBound, find_bounds, loop_cycles
+from pallas_kernels.machine_code import ARITHMETIC, UNITS_OF_NAMES
 from pallas_kernels.machine_rates import RATES
 from pallas_kernels.offline import KernelReport
 from pallas_kernels.result_files import read_object, write_json
 from pallas_kernels.tiles import (
     AmpereAttentionTiles,
     AttentionTiles,
+    BlockTiles,
     MosaicAttentionTiles,
     body_of,
 )
@@ -45,6 +47,13 @@ def arithmetic_a_score(
     scores = scores_a_thread(report, tiles)
     rescaled = scores * case.K / tiles.keys if case.kernel == "forward" else 0
     return [(loop.arithmetic - rescaled) / scores for loop in report.resources.loops]
+
+
+def arithmetic_an_element(report: KernelReport, tiles: BlockTiles) -> float:
+    """Returns the arithmetic instructions of an entire kernel for each element of a block."""
+    instructions = report.resources.operations
+    count = sum(n for x, n in instructions.items() if UNITS_OF_NAMES.get(x.name) in ARITHMETIC)
+    return count * report.threads / (tiles.rows * tiles.columns)
 
 
 def shared_cycles_of_32_scores(
@@ -105,6 +114,9 @@ class Entry:
         if self.case.budget:
             figures = arithmetic_a_score(self.case, self.report, self.tiles)
             loops = [f"{loop}; {x:.2f} a score" for loop, x in zip(loops, figures, strict=True)]
+        if self.case.element_budget:
+            figure = arithmetic_an_element(self.report, self.tiles)
+            loops = [f"  {figure:.2f} arithmetic instructions an element of a block"]
         return "\n".join([self.format_row(), *loops])
 
     def to_json(self) -> dict[str, Any]:

@@ -63,6 +63,7 @@ KERNELS: dict[str, Callable[..., float]] = {
     "symmetric": _symmetric,
     "symmetric_sum": _symmetric,
     **dict.fromkeys(("add_norm_forward", "add_norm_backward", "qk_rope_backward"), lambda *_: 0.0),
+    **dict.fromkeys(("bias_gelu_forward", "bias_gelu_backward"), lambda *_: 0.0),
 }
 
 

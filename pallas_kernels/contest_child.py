@@ -24,7 +24,8 @@ import jax
 from pallas_kernels import torch_contests
 from pallas_kernels.chip import detect_chip
 from pallas_kernels.contest import Contest
-from pallas_kernels.contests import TINY, Sizes, build_contests
+from pallas_kernels.contest_sizes import TINY, Sizes
+from pallas_kernels.contests import build_contests
 from pallas_kernels.correctness import SEEDS, compare, exact_results
 from pallas_kernels.kernel_choice import choose_body
 from pallas_kernels.result_files import read_object, write_json

@@ -7,7 +7,6 @@ torch_contests.py has PyTorch's contestants; correctness.py compares all with fl
 
 import functools
 import importlib.util
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,54 +14,13 @@ import jax.numpy as jnp
 from pallas_kernels.add_norm import add_norm, add_norm_reference
 from pallas_kernels.call_flops import visible_pairs
 from pallas_kernels.contest import ATTENTION, HALF, NATS, Contest, normal, wide, with_gradients
+from pallas_kernels.contest_sizes import Sizes
 from pallas_kernels.flash_attention import flash_attention, flash_attention_reference
+from pallas_kernels.gelu import gelu, gelu_reference
+from pallas_kernels.gelu_xla import gelu_xla
 from pallas_kernels.head_scores import head_scores, head_scores_reference
 from pallas_kernels.qk_rope import qk_rope, qk_rope_reference
 from pallas_kernels.symmetric import symmetric, symmetric_reference
-
-
-class Sizes(NamedTuple):
-    """The shapes of all contests; by default those that the shipped models need.
-
-    They are gpt_124m, which most measurements are of, and then in the order of D: llama_135m,
-    gpt_350m, gpt_774m, gpt_1558m and llama_1400m. The GPT models share a shape of attention, whose
-    speed does not depend on the number of heads.
-    """
-
-    attention: tuple = (  # B, T, H, G, K
-        (8, 1_024, 12, 12, 64),
-        (4, 2_048, 16, 4, 128),
-        (8, 2_048, 9, 3, 64),
-    )
-    documents: tuple = attention  # attention masked between documents
-    # Attention of no shipped model: its shape, and its windows (0: none).
-    longer: tuple = (((2, 4_096, 16, 4, 128), (0, 1_024)),)
-    norm: tuple = tuple((8_192, D) for D in (768, 576, 1_024, 1_280, 1_600, 2_048))  # N, D
-    qk_rope: tuple = ((8, 1_024, 12, 64), (4, 2_048, 16, 128))  # B, T, H, K
-    head: tuple = (  # N, D, V
-        (1_024, 768, 50_304),
-        (1_024, 576, 49_152),
-        *((1_024, D, 50_304) for D in (1_024, 1_280, 1_600, 2_048)),
-    )
-    square: tuple = (  # X, M, N
-        (12, 768, 768),
-        (30, 576, 576),
-        (24, 1_024, 1_024),
-        (36, 1_280, 1_280),
-        (48, 1_600, 1_600),
-        (26, 2_048, 2_048),
-    )
-
-
-TINY = Sizes(
-    ((1, 128, 2, 1, 64),),
-    ((1, 128, 2, 1, 64),),
-    (((1, 128, 2, 1, 64), (40,)),),
-    ((64, 128),),
-    ((2, 32, 2, 64),),
-    ((64, 64, 256),),
-    ((1, 64, 64),),
-)
 
 
 def _vendors_attention(window):
@@ -187,6 +145,30 @@ def _qk_rope(size, interpret):
     )
 
 
+def _gelu(size, interpret):
+    N, F = size
+
+    def kernel(tiles):
+        return with_gradients(lambda x, bias: gelu(x, bias, tiles, interpret), 2, 2)
+
+    def arrays(key):
+        x, dy, bias = normal(key, (N, F), (N, F), (F,))
+        return [x, bias.astype(jnp.float32), dy]
+
+    return Contest(
+        "gelu",
+        f"gelu both ways {N}x{F}",
+        (F,),
+        arrays,
+        kernel,
+        {"xla": with_gradients(gelu_xla, 2, 2)},
+        lambda *arrays: with_gradients(gelu_reference, 2, 2)(*wide(*arrays)),
+        (HALF, HALF, HALF),  # the bias' gradient is the sum of rounded ones
+        0,
+        10 * N * F,
+    )
+
+
 def _head(size, interpret):
     N, D, V = size
 
@@ -282,5 +264,6 @@ def build_contests(sizes: Sizes = Sizes(), interpret: bool = False) -> list[Cont
         *(_head(s, interpret) for s in sizes.head),
         *(_square(s, interpret) for s in sizes.square),
         *(_norm(s, interpret) for s in sizes.norm),
+        *(_gelu(s, interpret) for s in sizes.gelu),
         *(_qk_rope(s, interpret) for s in sizes.qk_rope),
     ]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import cramjam
 
-from pallas_kernels.machine_code import Loop, count_instructions, find_loops
+from pallas_kernels.machine_code import Loop, count_instructions, count_operations, find_loops
 
 SIGNATURE = bytes.fromhex("83af70d10d884a3f")  # the first block header of a record file
 BLOCK, BLOCK_HEADER = 1 << 16, 24
@@ -33,6 +33,7 @@ class Resources(NamedTuple):
     stack_bytes: int  # per thread; more than 0 means that registers spill
     instructions: Counter
     loops: tuple[Loop, ...] = ()  # those with tensor-core products
+    operations: Counter = Counter()  # of each machine_code.Operation
 
     @property
     def spills(self) -> int:
@@ -148,7 +149,9 @@ def read_resources(image: bytes) -> dict[str, Resources]:
         if section.startswith(".text."):
             name = section.removeprefix(".text.")
             counts, loops = count_instructions(code), find_loops(code, capability)
-            resources[name] = Resources(registers[name], stacks.get(name, 0), counts, loops)
+            resources[name] = Resources(
+                registers[name], stacks.get(name, 0), counts, loops, count_operations(code)
+            )
     return resources
 
 

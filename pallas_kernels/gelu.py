@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import triton
+from pallas_kernels.gelu_xla import CUBIC, RATE
 from pallas_kernels.tiles import GELU_TILES, BlockTiles
 from pallas_kernels.validation import check_gelu
 
-RATE, CUBIC = math.sqrt(8 / math.pi), 0.044715
 NARROWEST = 256  # columns that are worth a block without padding; fewer leave lanes of a warp idle
 
 # u -> sigmoid. 2**(u * (A * u^2 + B)) is exp of the negated argument. ex2 and rcp are accurate to

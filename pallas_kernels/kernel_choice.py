@@ -17,12 +17,10 @@ import jax
 from pallas_kernels.chip import CHIPS
 from pallas_kernels.ptxas import explain_missing_mosaic, has_triton
 from pallas_kernels.tiles import (
-    ATTENTION_KINDS,
     MOSAIC_FIRST,
     MOSAIC_HEADS,
     MOSAIC_LEAST_ROWS,
     MOSAIC_TYPES,
-    PRODUCT_KINDS,
     FlashAttentionTiles,
     OpTiles,
     body_of,
@@ -31,12 +29,13 @@ from pallas_kernels.tiles import (
     has_mask_registers,
     is_triton,
     kernel_tiles,
+    kinds_of,
     mosaic_tiles,
     replace_tiles,
 )
 
 # op -> the letters of the sizes in a BenchRow's shape
-SHAPES = {"attention": "BTHGK", "norm": "D", "qk_rope": "K", "head": "DV", "square": "D"}
+SHAPES = dict(attention="BTHGK", norm="D", qk_rope="K", gelu="F", head="DV", square="D")
 OPS = tuple(SHAPES)
 TUNED = Path(__file__).parent / "tuned"
 NEAR = 0.5  # a row applies to sizes within a factor of 2**0.5 of its own
@@ -102,9 +101,9 @@ class BodyChoice(NamedTuple):
     reason: str
 
 
-def _kernel_tiles_from_json(kinds: Any, values: Any) -> Any:
+def _kernel_tiles_from_json(op: str, values: Any) -> Any:
     """Returns tiles of the type whose body is among the values; without one they are Triton's."""
-    of_body = {kind._field_defaults.get("body"): kind for kind in kinds}
+    of_body = {kind._field_defaults.get("body"): kind for kind in kinds_of(op)}
     body = next((value for value in values if value in of_body), None)
     return of_body[body](*values)
 
@@ -114,8 +113,8 @@ def tiles_from_json(op: str, value: Any) -> OpTiles | None:
     if value is None:
         return None
     if op == "attention":
-        return FlashAttentionTiles(*(_kernel_tiles_from_json(ATTENTION_KINDS, x) for x in value))
-    return {name: _kernel_tiles_from_json(PRODUCT_KINDS, x) for name, x in value.items()}
+        return FlashAttentionTiles(*(_kernel_tiles_from_json(op, x) for x in value))
+    return {name: _kernel_tiles_from_json(op, x) for name, x in value.items()}
 
 
 def _check_row(row):

@@ -145,6 +145,11 @@ def count_instructions(code: bytes) -> Counter:
     return Counter(names[low & 0x1FF] for low, _ in _decode(code) if low & 0x1FF in names)
 
 
+def count_operations(code: bytes) -> Counter:
+    """Returns how many instructions there are of each Operation; the others have no name."""
+    return Counter(_operation(*words) for words in _decode(code))
+
+
 def find_loops(code: bytes, capability: int) -> tuple[Loop, ...]:
     """Returns the loops with tensor-core products that contain no other such loop, in order.
 

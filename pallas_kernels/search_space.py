@@ -13,10 +13,12 @@ from typing import Any
 
 from pallas_kernels import mosaic
 from pallas_kernels.tiles import (
+    GELU_TILES,
     MOSAIC,
     AmpereAttentionTiles,
     AmpereProductTiles,
     AttentionTiles,
+    BlockTiles,
     DqProductTiles,
     FlashAttentionTiles,
     KernelTiles,
@@ -83,6 +85,15 @@ def _ampere_products(kernel):
     yield from itertools.starmap(AmpereProductTiles, sizes)
 
 
+def _blocks(kernel):
+    """Yields blocks of 8 to 32 numbers a thread; only the forward has a program for each block."""
+    programs = (128, 512) if kernel == "gelu_backward" else (0, 512)
+    sizes = itertools.product((2, 4, 8, 16), (512, 1_024), (4, 8, 16), programs)
+    for rows, columns, warps, programs in sizes:
+        if 8 <= rows * columns // (32 * warps) <= 32:
+            yield BlockTiles(rows, columns, warps, programs)
+
+
 # op -> ({body: function of a kernel's name that yields its tiles}, names of its kernels). The tiles
 # of norm and qk_rope follow from D and K, so there is nothing to search.
 SPACES: dict[str, tuple[dict, tuple[str, ...]]] = {
@@ -92,6 +103,7 @@ SPACES: dict[str, tuple[dict, tuple[str, ...]]] = {
     ),
     "norm": ({}, ()),
     "qk_rope": ({}, ()),
+    "gelu": ({"triton": _blocks}, tuple(GELU_TILES)),
     "head": ({"triton": _products, "mosaic": _mosaic_products}, ("head",)),
     "square": (
         {"triton": _products, "mosaic": _mosaic_products, "ampere": _ampere_products},
@@ -127,6 +139,22 @@ def candidates(op: str, arch: str) -> Iterator[tuple[str, OpTiles]]:
             for tiles in space(kernel):
                 yield kernel, replace_tiles(default_tiles(op, arch), kernel, tiles)
 
+
+# The first of each kernel are its defaults; the others load less or more before they compute.
+GELU_SHORTLIST: dict[str, tuple[KernelTiles, ...]] = {
+    "gelu": (
+        GELU_TILES["gelu"],
+        BlockTiles(4, 1_024, 8),
+        BlockTiles(4, 1_024, 4),
+        BlockTiles(8, 1_024, 8, 512),
+    ),
+    "gelu_backward": (
+        GELU_TILES["gelu_backward"],
+        BlockTiles(2, 1_024, 4, 256),
+        BlockTiles(8, 1_024, 16, 64),
+        BlockTiles(4, 1_024, 8, 512),
+    ),
+}
 
 # arch -> op -> kernel -> tiles that bench --tune tries, the most promising first. "attention_64" is
 # for heads of up to 64, as in TILES; an H100's forwards there are in the order of their times on an
@@ -165,6 +193,7 @@ SHORTLIST: dict[str, dict[str, dict[str, tuple[KernelTiles, ...]]]] = {
                 AmpereProductTiles(64, 32, 4),
             ),
         },
+        "gelu": GELU_SHORTLIST,
     },
     "sm_90": {
         "attention": {
@@ -213,6 +242,7 @@ SHORTLIST: dict[str, dict[str, dict[str, tuple[KernelTiles, ...]]]] = {
                 MosaicProductTiles(128, 128, 128, 2),
             ),
         },
+        "gelu": GELU_SHORTLIST,
     },
 }
 

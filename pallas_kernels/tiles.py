@@ -102,7 +102,6 @@ class BlockTiles(NamedTuple):
 
 ATTENTION_KINDS = AttentionTiles, MosaicAttentionTiles, AmpereAttentionTiles, DqProductTiles
 PRODUCT_KINDS = ProductTiles, MosaicProductTiles, AmpereProductTiles
-OP_KINDS = {"attention": ATTENTION_KINDS, "gelu": (BlockTiles,)}  # else PRODUCT_KINDS
 KernelTiles = (
     AttentionTiles
     | MosaicAttentionTiles
@@ -198,6 +197,11 @@ MOSAIC: dict[str, dict[str, dict[str, KernelTiles]]] = {
         },
     },
 }
+
+
+def kinds_of(op: str) -> tuple[type, ...]:
+    """Returns the types that the tiles of an op's kernels may have."""
+    return {"attention": ATTENTION_KINDS, "gelu": (BlockTiles,)}.get(op, PRODUCT_KINDS)
 
 
 def body_of(tiles: KernelTiles | None) -> str:

@@ -100,6 +100,16 @@ def _qk_rope(contest):
     return {"torch compiled": lambda x, gain, cos, sin, dy: both((x, gain, cos, sin), dy)}
 
 
+def _gelu(contest):
+    import torch
+
+    def gelu_of_sum(x, bias):
+        return torch.nn.functional.gelu(x.float() + bias, approximate="tanh").to(x.dtype)
+
+    both = _with_gradients(_compile(gelu_of_sum), 2)
+    return {"torch compiled": lambda x, bias, dy: both((x, bias), dy)}
+
+
 def _head(contest):
     import torch
     from torch.nn.functional import cross_entropy, linear
@@ -131,6 +141,7 @@ CONTESTANTS = {
     "attention": _attention,
     "norm": _norm,
     "qk_rope": _qk_rope,
+    "gelu": _gelu,
     "head": _head,
     "square": _square,
 }

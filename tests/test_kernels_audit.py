@@ -293,14 +293,14 @@ from pallas_kernels.chip import find_chip
 from pallas_kernels.hlo import Program
 from pallas_kernels.offline import compiling_for, devices_of
 config = debug.get_config()
-config.kernels.strict, config.data.document_mask = True, True
-config.model.window = 8
-config.model.update(L=1, H=2, G=2, K=16, F=32)  # all matrices 32x32, so one size of each kernel
+config.kernels.strict, config.data.document_mask, config.model.window = True, True, 8
+config.model.update(L=1, H=2, G=2, K=16, F=32, mlp="gelu")  # all matrices are 32x32
 devices = devices_of(find_chip("a40"))
 with compiling_for(devices[0]):
     run = build_run(freeze(config), devices)
     text = compile_step(run).compiled.as_text()
 names = ("flash_attention_dkv", "flash_attention_dq", "add_norm_backward", "symmetric_sum")
+names += ("bias_gelu_forward", "bias_gelu_backward")
 assert all(kernel in text for kernel in (*names, "qk_rope_backward"))
 print(*(route.implementation for route in run.routes.values()))
 counted = {w.instruction.rest: w.flops for w in Program(text).work() if w.flops}
@@ -316,7 +316,7 @@ def test_a_strict_train_step_compiled_for_an_a40_contains_all_fused_kernels(run_
     done = run_python(STEP)
     assert done.returncode == 0, done.stderr
     routes, counted, flops, visible = done.stdout.splitlines()
-    assert routes.count("fused:sm_86") == 4 and "flash:sm_86" in routes
+    assert routes.count("fused:sm_86") == 5 and "flash:sm_86" in routes
     attention = [f"flash_attention_{name}" for name in ("dkv", "dq", "forward")]
     assert counted.split() == [*attention, "head_scores", "symmetric", "symmetric_sum"]
     assert flops == visible

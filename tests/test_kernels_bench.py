@@ -14,7 +14,8 @@ from jaxtrain.benchmarks.first_day_results import find_left, find_problems
 from jaxtrain.model.attention import ATTENTION as ATTENTION_ROUTES
 from pallas_kernels import bench, bench_plan, contest_process, search_space
 from pallas_kernels.bench_results import IN_TRAINING, as_row
-from pallas_kernels.contests import TINY, build_contests
+from pallas_kernels.contest_sizes import TINY
+from pallas_kernels.contests import build_contests
 from pallas_kernels.correctness import compare, exact_results
 from pallas_kernels.result_files import find_commit
 from pallas_kernels.search_space import SHORTLIST, shortlist

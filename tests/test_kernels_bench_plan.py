@@ -5,25 +5,27 @@ import pytest
 from pallas_kernels import bench
 from pallas_kernels.bench_plan import open_jobs, order_contests, plan_lines
 from pallas_kernels.bench_results import row_key
-from pallas_kernels.contests import TINY, build_contests
+from pallas_kernels.contest_sizes import TINY
+from pallas_kernels.contests import build_contests
 from tests.test_kernels_bench import ATTENTION, CONTESTS, HEAD, NORM, run_fake
 from tests.test_kernels_shapes import fake_row
 
 ALL = build_contests()
-OPS = ["attention", "head", "square", "norm", "qk_rope"]
+OPS = ["attention", "head", "square", "norm", "gelu", "qk_rope"]
 TUNED_FIRST = [
     "attention both ways 8x1024x12:12x64",
     "attention both ways 4x2048x16:4x128",
     "head both ways 1024x768x50304",
     "square and quintic 12x768x768",
+    "gelu both ways 16384x3072",
 ]
 
 
 def test_each_op_has_its_turn_and_no_shipped_shape_comes_after_another():
     ordered = order_contests(ALL, known=())
     assert sorted(c.name for c in ordered) == sorted(c.name for c in ALL)
-    assert [c.op for c in ordered[:10]] == OPS * 2
-    assert [c.shipped for c in ordered] == [True] * 29 + [False] * 3
+    assert [c.op for c in ordered[:12]] == OPS * 2
+    assert [c.shipped for c in ordered] == [True] * 33 + [False] * 3
     assert all("4096" in c.name for c in ordered[-3:])
     attention = [c.name for c in ordered if c.op == "attention" and c.shipped]
     kinds = ["forward" if "forward" in n else "documents" in n for n in attention]
@@ -36,7 +38,7 @@ def test_contests_without_a_row_in_the_table_come_before_those_with_one():
     ordered = [c for c in order_contests(ALL, known) if c.shipped]
     found = [row_key(c) in known for c in ordered]
     assert sum(found) == 9 and found == sorted(found)
-    assert [c.op for c in ordered[:4]] == ["attention", "head", "square", "qk_rope"]
+    assert [c.op for c in ordered[:5]] == ["attention", "head", "square", "gelu", "qk_rope"]
     assert ordered[0].name == "attention both ways 4x2048x16:4x128"
     assert {c.op for c in ordered if row_key(c) in known} == {"attention", "head", "norm"}
     documents = next(c for c in ALL if c.documents)
@@ -46,17 +48,17 @@ def test_contests_without_a_row_in_the_table_come_before_those_with_one():
 def test_with_tuning_one_contest_of_each_kind_is_tuned_before_the_rest_is_measured():
     known = {row_key(c) for c in ALL if c.op == "head"}
     jobs = open_jobs(ALL, {}, tune=True, again=False, known=known)
-    first = [(job.contest.name, job.tune) for job in jobs[:8]]
+    first = [(job.contest.name, job.tune) for job in jobs[:10]]
     assert first == [(name, tuned) for name in TUNED_FIRST for tuned in (False, True)]
-    rest = jobs[8:]
-    assert [job.tune for job in rest] == [False] * 28 + [True] * 16
+    rest = jobs[10:]
+    assert [job.tune for job in rest] == [False] * 31 + [True] * 19
     assert [job.contest.op for job in rest[:2]] == ["norm", "qk_rope"]  # had no turn yet
     assert len({(job.contest.name, job.tune) for job in jobs}) == len(jobs)
 
     stored = {name: {"done": True, "tried": {}} for name in TUNED_FIRST[:2]}
     stored[TUNED_FIRST[2]] = {"done": True}
     resumed = open_jobs(ALL, stored, tune=True, again=False, known=known)
-    assert [(job.contest.name, job.tune) for job in resumed[:3]] == first[5:]
+    assert [(job.contest.name, job.tune) for job in resumed[:5]] == first[5:]
 
 
 def test_without_tuning_the_order_is_that_of_the_contests():
@@ -79,7 +81,7 @@ def test_the_table_of_this_chip_and_series_of_jax_decides(
 
 def test_a_trial_runs_every_kind_of_contest():
     tiny = build_contests(TINY, interpret=True)
-    assert [c.op for c in order_contests(tiny, ())[:5]] == OPS
+    assert [c.op for c in order_contests(tiny, ())[:6]] == OPS
     assert HEAD in [c.name for c in tiny] and any(c.window for c in tiny)
 
 

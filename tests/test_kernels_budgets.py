@@ -11,7 +11,7 @@ from pallas_kernels.chip import find_chip  # noqa: E402
 from pallas_kernels.cubin import Resources  # noqa: E402
 from pallas_kernels.machine_code import Loop, Operation  # noqa: E402
 from pallas_kernels.offline import KernelReport  # noqa: E402
-from pallas_kernels.tiles import AttentionTiles, MosaicAttentionTiles  # noqa: E402
+from pallas_kernels.tiles import AttentionTiles, BlockTiles, MosaicAttentionTiles  # noqa: E402
 
 GOOD = KernelReport("attention", Resources(200, 0, Counter(HMMA=64)), 128, 136, 32_768)
 
@@ -72,3 +72,23 @@ def test_attentions_backward_on_an_a40_has_a_ceiling_of_cycles_of_shared_memory(
 
     assert not faults(most - 0.2) and not faults(2 * most, chip="h100")
     assert any(f"of shared memory for 32 scores; at most {most:g}" in x for x in faults(most + 0.2))
+
+
+@pytest.mark.parametrize("kernel", ["gelu", "gelu_backward"])
+def test_gelu_has_a_budget_of_arithmetic_for_each_element_and_moves_16_bytes_a_thread(kernel):
+    """With 256 threads, a thread has 32 elements of a block of 8 x 1,024."""
+    chip, tiles = find_chip("h100"), BlockTiles(8, 1_024, 8)
+    case = next(case for case in CASES if case.kernel == kernel)
+    most = round(32 * case.element_budget)
+
+    def faults(arithmetic=most, **narrow):
+        operations = {Operation("FFMA"): arithmetic - 64, Operation("MUFU"): 64}
+        operations |= {Operation("LDG", 16): 4, Operation("STG", 16): 4, Operation("LDS", 4): 2}
+        operations |= {Operation(name, 8): count for name, count in narrow.items()}
+        report = broken(registers=48, operations=Counter(operations))._replace(threads=256)
+        return find_faults(case, report, chip, tiles=tiles)
+
+    assert not faults()
+    assert any(f"of a block; the budget is {case.element_budget:g}" in x for x in faults(most + 9))
+    assert faults(LDG=2) == ["loads or stores less than 16 bytes a thread: 2 of 8 bytes"]
+    assert faults(STG=3) == ["loads or stores less than 16 bytes a thread: 3 of 8 bytes"]

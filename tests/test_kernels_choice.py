@@ -38,6 +38,7 @@ def timed(seconds, tiles=None):
 
 
 ROUTED = {"norm": (768,), "attention": (8, 1_024, 12, 12, 64), "head": (768, 50_304)}
+ROUTED |= {"gelu": (2_048,)}
 
 
 def tiles_of(op):
@@ -89,13 +90,14 @@ def test_a_row_measured_with_another_jax_does_not_count(tmp_path, monkeypatch):
 def test_a_model_uses_the_kernels_that_were_measured_faster(tmp_path, monkeypatch):
     rows = read_rows(rows_of(0.5, tmp_path))
     monkeypatch.setattr(kernel_choice, "read_rows", lambda folder: rows)
-    model = ModelConfig(L=2, D=768, H=12, G=12, K=64, F=2_048, V=50_304)
+    model = ModelConfig(L=2, D=768, H=12, G=12, K=64, F=2_048, V=50_304, mlp="gelu")
     routes = lambda chip, **values: choose_routes(
         model, True, "gpu", False, KernelsConfig(**values), arch="sm_86", chip=chip
     )
     measured = {op: route.implementation for op, route in routes("a40").items()}
     assert measured["attention"] == "flash:sm_86" and measured["norm"] == "fused:sm_86"
     assert measured["square"] == "plain"  # no row
+    assert measured["gelu"] == "fused:sm_86"
     assert routes("a6000")["norm"].implementation == "plain"
     assert routes("a6000", strict=True)["norm"].implementation == "fused:sm_86"
 
@@ -147,7 +149,7 @@ def test_the_search_changes_the_tiles_of_one_kernel_at_a_time(op, arch):
 
 
 def test_chosen_kernels_that_a_program_does_not_contain_are_listed():
-    model, strict = ModelConfig(qk_norm=True), KernelsConfig(strict=True)
+    model, strict = ModelConfig(qk_norm=True, mlp="gelu"), KernelsConfig(strict=True)
     fused = choose_routes(model, False, "gpu", False, strict, arch="sm_86")
     compiled = jax.jit(lambda x: x + 1).lower(jnp.ones(3)).compile()
     assert set(missing_kernels(fused, compiled)) == set(KERNELS)

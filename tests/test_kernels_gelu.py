@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.model.activations import gelu_gpu
 from pallas_kernels.gelu import gelu, gelu_reference
+from pallas_kernels.gelu_xla import gelu_xla
 from pallas_kernels.tiles import BlockTiles
 from tests.test_kernels_references import (
     FULL,
@@ -94,7 +94,7 @@ def test_what_is_not_finite_gives_what_xlas_gelu_gives():
         given = x, np.zeros(8, np.float32), dy
         given[1][6] = bias
         got = both(lambda x, bias: gelu(x, bias, TILES, INTERPRET))(*given)
-        want = both(gelu_gpu)(*given)
+        want = both(gelu_xla)(*given)
         for ours, theirs in zip(got, want, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
     plain = gelu(jnp.asarray(values, FULL)[None], None, TILES, INTERPRET)[0]

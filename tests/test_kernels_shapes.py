@@ -12,7 +12,8 @@ from jaxtrain.config.model_section import ModelConfig
 from jaxtrain.ops.routes import choose_routes
 from pallas_kernels import kernel_choice
 from pallas_kernels.chip import CHIPS
-from pallas_kernels.contests import Sizes, build_contests
+from pallas_kernels.contest_sizes import Sizes
+from pallas_kernels.contests import build_contests
 from pallas_kernels.kernel_choice import OPS, BenchRow, choose_body
 from pallas_kernels.tiles import default_tiles, mosaic_tiles
 
@@ -78,6 +79,7 @@ def test_the_bench_measures_the_shapes_that_a_shipped_config_trains(name):
     assert model.D in {D for _, D in sizes.norm}
     assert (model.D, model.V) in {(D, V) for _, D, V in sizes.head}
     assert (model.D, model.D) in {(M, N) for _, M, N in sizes.square}
+    assert model.mlp != "gelu" or model.F in {F for _, F in sizes.gelu}
     assert not model.qk_norm or model.K in {K for *_, K in sizes.qk_rope}
 
 

@@ -16,7 +16,9 @@ def losses(interpret, mesh=(1, 2, 2), steps=3):
     """Trains one layer with a document mask, with heads and rows sharded over several devices."""
     config = debug.get_config()
     config.kernels.interpret, config.data.document_mask = interpret, True
-    config.model.update(L=1, H=2, G=2, K=16, F=32)  # all matrices 32x32: one iteration of Muon's
+    config.model.update(
+        L=1, H=2, G=2, K=16, F=32, mlp="gelu"
+    )  # all matrices 32x32: one iteration of Muon's
     config.optim.ns_steps, config.data.seq_len = 1, 16
     config.mesh.replica, config.mesh.fsdp, config.mesh.tensor = mesh
     run = build_run(freeze(config), jax.devices()[: int(np.prod(mesh))])

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxtrain.config.train_config import ModelConfig
@@ -14,11 +15,14 @@ from pallas_kernels.add_norm import add_norm
 from pallas_kernels.attention_arguments import tiles_for_device
 from pallas_kernels.devices import chip_name
 from pallas_kernels.flash_attention import flash_attention, flash_attention_reference
+from pallas_kernels.gelu import gelu
 from pallas_kernels.head_scores import head_scores
 from pallas_kernels.qk_rope import qk_rope
 from pallas_kernels.symmetric import symmetric
 from pallas_kernels.tiles import (
+    GELU_TILES,
     AttentionTiles,
+    BlockTiles,
     DqProductTiles,
     FlashAttentionTiles,
     MosaicAttentionTiles,
@@ -79,6 +83,7 @@ KERNELS: dict[Any, dict[str, Any]] = {
         "form": "rms",
         "eps": 1e-6,
     },
+    gelu: {"x_XF": bf16(2, 3, 16), "bias_F": f32(16), "tiles": GELU_TILES},
     qk_rope: {
         "x_BTHK": bf16(2, 8, 2, 16),
         "gain_K": f32(16),
@@ -190,6 +195,25 @@ WRONG = [  # kernel, changed arguments, the start of the error, the value in it
     (qk_rope, {"cos_TK": f32(8, 8)}, "cos_TK must", "float32[8, 8]"),
     (qk_rope, {"sin_TK": f32(9, 16)}, "sin_TK must", "float32[9, 16]"),
     (qk_rope, {"eps": -1.0}, "eps must", "-1.0"),
+    (gelu, {"x_XF": int32(2, 16)}, "x_XF must", "int32[2, 16]"),
+    (gelu, {"x_XF": bf16(0, 16)}, "x_XF must", "bfloat16[0, 16]"),
+    (gelu, {"x_XF": np.zeros((2, 16))}, "x_XF must have at most 32 bits", "float64[2, 16]"),
+    (gelu, {"bias_F": bf16(16)}, "bias_F must", "bfloat16[16]"),
+    (gelu, {"bias_F": f32(1)}, "bias_F must", "float32[1]"),
+    (gelu, {"tiles": GELU_TILES["gelu"]}, "tiles must have the keys gelu,", "BlockTiles("),
+    (gelu, {"tiles": GELU_TILES | {"gelu": TILES}}, "tiles['gelu'] must", "ProductTiles("),
+    (
+        gelu,
+        {"tiles": GELU_TILES | {"gelu_backward": BlockTiles(3, 1_024, 4)}},
+        "tiles['gelu_backward'].rows must be a power of two",
+        "3.",
+    ),
+    (
+        gelu,
+        {"tiles": GELU_TILES | {"gelu_backward": BlockTiles(4, 1_024, 4, -1)}},
+        "tiles['gelu_backward'].programs must",
+        "-1.",
+    ),
 ]
 
 
@@ -265,7 +289,7 @@ def test_without_a_gpu_the_error_names_interpret_and_the_reference(wrap):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the GPU would run the kernel")
-@pytest.mark.parametrize("kernel", [flash_attention, add_norm])
+@pytest.mark.parametrize("kernel", [flash_attention, add_norm, gelu])
 def test_without_a_gpu_a_kernel_called_outside_of_jit_says_so(kernel):
     with pytest.raises(ValueError, match=r"needs a GPU; got cpu\. Pass interpret=True"):
         kernel(**KERNELS[kernel])
@@ -298,6 +322,7 @@ def sum_of(kernel, name):
 
 
 DIFFERENTIABLE = [(flash_attention, "v_BSGK"), (add_norm, "h_XD"), (qk_rope, "x_BTHK")]
+DIFFERENTIABLE += [(gelu, "x_XF"), (gelu, "bias_F")]
 
 
 @pytest.mark.parametrize("kernel, name", DIFFERENTIABLE)

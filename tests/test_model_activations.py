@@ -9,6 +9,7 @@ import pytest
 
 from jaxtrain.model import activations
 from jaxtrain.model.dense import dense_plain
+from pallas_kernels.gelu_xla import gelu_xla
 from pallas_kernels.hlo import Program, shapes_of
 
 EPS = 1e-5
@@ -72,7 +73,7 @@ def test_gelu_for_gpus_is_nearer_to_float64_than_bfloat16_arithmetic():
     bias = jnp.asarray([0.3])
     plain = lambda x, bias: activations.gelu(x + bias)
     exact = in_float64(plain, (x[:, None], bias), dy[:, None])
-    got = distances(differentiate(activations.gelu_gpu, (x[:, None], bias), dy[:, None]), exact)
+    got = distances(differentiate(gelu_xla, (x[:, None], bias), dy[:, None]), exact)
     rounded = lambda x, bias: plain(x, bias.astype(x.dtype))
     bf16 = distances(differentiate(rounded, (x[:, None], bias), dy[:, None]), exact)
     assert max(got) < 2e-3  # one rounding to 8 bits
@@ -87,7 +88,7 @@ def test_a_non_finite_input_reaches_the_result_and_its_gradients(value):
     y, dx, dgain = differentiate(norm, (x, gain), jnp.ones((3, 8)))
     assert not np.isfinite(y[1]).all() and np.isfinite(y[[0, 2]]).all()
     assert not np.isfinite(dx[1]).all() and not np.isfinite(dgain).all()
-    y, dx = differentiate(activations.gelu_gpu, (x * jnp.nan,), jnp.ones((3, 8)))
+    y, dx = differentiate(gelu_xla, (x * jnp.nan,), jnp.ones((3, 8)))
     assert np.isnan(y).all() and np.isnan(dx).all()
 
 
@@ -107,7 +108,7 @@ def test_no_activation_is_stored_in_float32(chip):
     def network(h, w, gain, bias):
         for i in range(2):
             n = activations.normalise_gpu(h, gain[i], bias[i], "layer", (-1,), EPS)
-            h = h + activations.gelu_gpu(dense_plain(n, w[i]), bias[i])
+            h = h + gelu_xla(dense_plain(n, w[i]), bias[i])
         return h
 
     def step(h, w, gain, bias, dh):
@@ -121,7 +122,7 @@ def test_no_activation_is_stored_in_float32(chip):
     works = Program(compiled.as_text()).work()
     results = [shapes_of(re.sub(r"\{[^}]*\}", "", work.instruction.result)) for work in works]
     assert not [x for xs in results for x in xs if x[0] == "f32" and np.prod(x[1]) == N * D]
-    # In sizes of h. An H100 moves 49 without normalise_gpu and 40 without gelu_gpu; an A40 moves 39
+    # In sizes of h. An H100 moves 49 without normalise_gpu and 40 without gelu_xla; an A40 moves 39
     # without both.
     moved = sum(work.hbm_bytes for work in works if not work.flops) / (2 * N * D)
     assert moved < 37

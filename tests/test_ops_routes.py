@@ -186,6 +186,18 @@ def test_what_a_kernel_does_not_compute_excludes_it(op, values, reason):
         choose_routes(model, False, "gpu", False, KernelsConfig(strict=True), **where)
 
 
+def test_only_a_model_whose_mlp_is_gelu_has_a_route_of_gelu_and_f_must_be_divisible():
+    choose = lambda strict, **values: choose_routes(
+        ModelConfig(**values), False, "gpu", False, KernelsConfig(strict=strict), arch="sm_90"
+    )
+    assert not any("gelu" in choose(False, mlp=form) for form in ("swiglu", "geglu", "relu2"))
+    assert choose(False, mlp="gelu")["gelu"].implementation == "plain"  # not measured yet
+    assert choose(True, mlp="gelu")["gelu"].implementation == "fused:sm_90"
+    where = dict(arch="sm_90", tensor=4)
+    route = choose_routes(ModelConfig(mlp="gelu", F=1_022), False, "gpu", False, **where)["gelu"]
+    assert not route.is_fused and "mesh.tensor=4 must divide model.F=1022" in route.reason
+
+
 STRICT, INTERPRET = KernelsConfig(strict=True), KernelsConfig(interpret=True)
 
 

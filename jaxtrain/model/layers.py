@@ -22,6 +22,7 @@ from jaxtrain.model.initialization import initial_std
 from jaxtrain.model.rope import RopeTables, rotate
 from jaxtrain.ops import fused
 from jaxtrain.ops.routes import Route
+from pallas_kernels.gelu_xla import gelu_xla
 
 Attend = Callable[..., tuple[jax.Array, Any]]  # (q_BTHK, k_BTGK, v_BTGK) -> (o_BTHK, extra)
 
@@ -70,20 +71,23 @@ class LayerOps:
 
     def __init__(self, cfg: ModelConfig, routes: dict[str, Route], mesh: Mesh | None = None):
         norm, qk_rope, dense = routes["norm"], routes.get("qk_rope"), routes["dense"]
+        gelu = routes.get("gelu")
         self.dense = DENSE[dense.implementation]
-        self.fused_add_norm = self.fused_qk_rope = None
+        self.fused_add_norm = self.fused_qk_rope = self.fused_gelu = None
         if norm.is_fused:
             self.fused_add_norm = fused.build_add_norm(norm, cfg.norm, cfg.norm_eps, mesh)
         if qk_rope is not None and qk_rope.is_fused:
             self.fused_qk_rope = fused.build_qk_rope(qk_rope, cfg.norm_eps, mesh)
+        if gelu is not None and gelu.is_fused:
+            self.fused_gelu = fused.build_gelu(gelu, mesh)
         # On one GPU a joint product reads x once and sums x's gradient inside the dot: 5.5 % fewer
         # bytes a step at 1.4B. On 8 GPUs with fsdp the collectives would take 15 % longer
         # (jaxtrain.plan, jax 0.10.2).
         is_gpu = dense.implementation == "plain"
         self.joins_gate_and_up = is_gpu and not cfg.bias and mesh is None
         self.normalise = activations.normalise_gpu if is_gpu else activations.normalise
-        self.gelu_adds_bias = is_gpu
-        self.gelu = activations.gelu_gpu if is_gpu else activations.gelu
+        self.gelu_of_sum = self.fused_gelu or (gelu_xla if is_gpu else None)
+        self.gelu = gelu_xla if is_gpu else activations.gelu
 
     def add_norm(
         self, norm: Norm | None, h_BTD: jax.Array, y_BTD: jax.Array | None = None
@@ -213,9 +217,10 @@ class Mlp(nnx.Module):
             gate, up = ops.gate_and_up(self.gate, self.up, x_BTD)
             return self.down((jax.nn.silu if self.form == "swiglu" else ops.gelu)(gate) * up, ops)
         if self.form == "gelu":
-            if self.up.has_bias and ops.gelu_adds_bias:
+            if ops.gelu_of_sum is not None:
+                bias_F = self.up.b[...] if self.up.has_bias else None
                 product = self.up(x_BTD, ops, add_bias=False)
-                return self.down(activations.gelu_gpu(product, self.up.b[...]), ops)
+                return self.down(ops.gelu_of_sum(product, bias_F), ops)
             return self.down(ops.gelu(self.up(x_BTD, ops)), ops)
         up = self.up(x_BTD, ops)
         return self.down(jnp.square(jax.nn.relu(up)), ops)  # https://arxiv.org/abs/2109.08668

@@ -18,6 +18,7 @@ KERNELS = {
     "attention": "flash_attention_forward",
     "norm": "add_norm_forward",
     "qk_rope": "qk_rope_backward",
+    "gelu": "bias_gelu_forward",
     "head": "head_scores",
     "square": "symmetric",
 }
@@ -99,6 +100,17 @@ def build_qk_rope(route: Route, eps: float, mesh: Mesh | None = None) -> Callabl
         return qk_rope(x, gain, cos, sin, eps, route.is_interpreted)
 
     return _shard_map(on_device, mesh, (HEADS, P(), P(), P()), HEADS)
+
+
+def build_gelu(route: Route, mesh: Mesh | None = None) -> Callable:
+    """Builds gelu(x_BTF, bias_F or None) -> gelu(x + bias); F is split over tensor."""
+    from pallas_kernels.gelu import gelu
+
+    def on_device(x, bias):
+        return gelu(x, bias, route.tiles, route.is_interpreted)
+
+    wide = P(BATCH_AXES, None, "tensor")
+    return _shard_map(on_device, mesh, (wide, P("tensor")), wide)
 
 
 def build_scores(route: Route) -> Callable:

@@ -14,6 +14,7 @@ from jaxtrain.config.sections import KernelsConfig
 from jaxtrain.ops import tuning
 from jaxtrain.ops.cudnn import find_cudnn_obstacle
 from jaxtrain.ops.devices import cpu_multiplies_bf16
+from jaxtrain.ops.kernel_limits import model_obstacle, scoring_obstacle
 from pallas_kernels.kernel_choice import BodyChoice, choose_body, find_body_obstacle
 from pallas_kernels.tiles import TILES, default_tiles
 
@@ -78,6 +79,7 @@ class _KernelRoutes:
             "attention": (self.sequences, self.seq_len, split(model.H), split(model.G), model.K),
             "norm": (model.D,),
             "qk_rope": (model.K,),
+            "gelu": (split(model.F),),
             "head": (model.D, split(model.V)),
             "square": (model.D,),
         }[op]
@@ -87,39 +89,13 @@ class _KernelRoutes:
         model = self.model
         if not self.kernels.interpret and self.arch not in TILES:
             return f"it is compiled for {', '.join(TILES)}; got {self.arch or 'no GPU'}"
-        if model.dtype == "float64":
-            return "its sums are float32; got model.dtype=float64"
-        if op == "attention":
-            narrowest = 1 if self.kernels.interpret else 16  # Triton's smallest product
-            if model.K & (model.K - 1) or model.K < narrowest:
-                return f"model.K must be a power of two, at least {narrowest}; got {model.K=}"
-            if obstacle := self.scoring_obstacle():
-                return obstacle
-        if op in ("norm", "qk_rope") and not model.norm_gain:
-            return "it multiplies by a gain; got model.norm_gain=false"
-        if op == "norm" and model.norm_place == "post":
-            return "it normalises h + y, but model.norm_place=post normalises only y"
-        if op == "qk_rope" and model.qk_norm_over == "all":
-            return "it normalises each head; got model.qk_norm_over=all"
-        if op == "qk_rope" and not model.qk_norm_gain:
-            return "it multiplies by a gain; got model.qk_norm_gain=false"
-        if op == "head" and model.head_bias:
-            return "it adds no bias; got model.head_bias=true"
-        if op == "head" and model.logit_softcap_form != "tanh":
-            return f"its soft-cap is a tanh; got {model.logit_softcap_form=}"
-        if op in ("attention", "qk_rope") and model.G % self.tensor:
-            return f"mesh.tensor={self.tensor} must divide {model.G=}"
+        narrowest = 1 if self.kernels.interpret else 16  # Triton's smallest product
+        if obstacle := model_obstacle(op, model, self.tensor, narrowest):
+            return obstacle
         tiles = None if self.kernels.interpret else self.measured(op).tiles
         outputs = model.F, model.H * model.K, model.G * model.K  # of matrices with D inputs
         matrices = {(min(model.D, n), max(model.D, n)) for n in outputs}
         return find_body_obstacle(op, tiles, matrices)
-
-    def scoring_obstacle(self) -> str:
-        """Returns which score of the model attention's kernel does not compute; "" if none."""
-        for field in ("attention_scale", "attention_softcap"):
-            if value := getattr(self.model, field):
-                return f"its scores are only q k / sqrt(K); got model.{field}={value}"
-        return ""
 
     def requesting_flag(self, op: str) -> str:
         """Returns the flag that requests op's kernel however slow it is; "" if none does."""
@@ -183,7 +159,7 @@ class _KernelRoutes:
         """Returns the route to attention's kernel, or another and what rules the kernel out."""
         if route := self.fused("attention"):
             return route
-        other, obstacle = choose_other(), self.scoring_obstacle()
+        other, obstacle = choose_other(), scoring_obstacle(self.model)
         if not obstacle or self.arch not in TILES:
             return other
         return dataclasses.replace(other, reason=f"{other.reason}; {RULED_OUT}: {obstacle}")
@@ -275,6 +251,8 @@ def choose_routes(
     }
     if model.qk_norm and model.position == "rope" and model.nope_every != 1:
         routes["qk_rope"] = kernel_routes.fused_or_plain("qk_rope")
+    if model.mlp == "gelu":
+        routes["gelu"] = kernel_routes.fused_or_plain("gelu")
     if wants_gpu and platform == "cpu":
         reason = "JAX has a CUDA plugin but found no GPU; JAX_PLATFORMS=cpu allows that"
         routes = {"device": Route("device", platform, reason, fallback=True)} | routes
