@@ -24,37 +24,29 @@ from pallas_kernels.validation import check_gelu
 
 NARROWEST = 256  # columns that are worth a block without padding; fewer leave lanes of a warp idle
 
-# u -> sigmoid. 2**(u * (A * u^2 + B)) is exp of the negated argument. ex2 and rcp are accurate to
-# 22 bits and take infinities and NaN as their exact functions do. Subnormal results become zero.
+EXPONENT = -RATE * CUBIC / math.log(2), -RATE / math.log(2)  # 2**(u * (a * u^2 + b)) = exp(-...)
+SLOPE = 3 * RATE * CUBIC, RATE
+
+# PTX of the forward, $0 = f(u = $1), and of the backward, $0 = f(u = $1, dy = $2). Both begin with
+# the sigmoid s. ex2 and rcp are accurate to 22 bits and take infinities and NaN as their exact
+# functions do; subnormal results become zero.
 # Source: NVIDIA's PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution
-_SIGMOID = """
+_SIGMOID_PTX = f"""
     mul.f32 u2, $1, $1;
-    fma.rn.f32 e, u2, {cubic}, {linear};
+    fma.rn.f32 e, u2, {triton.ptx_float(EXPONENT[0])}, {triton.ptx_float(EXPONENT[1])};
     mul.f32 e, e, $1;
     ex2.approx.ftz.f32 e, e;
-    add.f32 e, e, 0f3F800000;
+    add.f32 e, e, {triton.ptx_float(1)};
     rcp.approx.ftz.f32 s, e;
 """
-_FORWARD = "{{ .reg .f32 u2, e, s;" + _SIGMOID + "mul.f32 $0, $1, s; }}"
-_BACKWARD = (
-    "{{ .reg .f32 u2, e, s, w, d;"
-    + _SIGMOID
-    + """
+FORWARD_PTX = "{ .reg .f32 u2, e, s;" + _SIGMOID_PTX + "mul.f32 $0, $1, s; }"
+BACKWARD_PTX = f"""{{ .reg .f32 u2, e, s, w, d; {_SIGMOID_PTX}
     neg.f32 w, s;
     fma.rn.f32 w, $1, w, $1;
-    fma.rn.f32 d, u2, {slope_cubic}, {slope_linear};
-    fma.rn.f32 w, w, d, 0f3F800000;
+    fma.rn.f32 d, u2, {triton.ptx_float(SLOPE[0])}, {triton.ptx_float(SLOPE[1])};
+    fma.rn.f32 w, w, d, {triton.ptx_float(1)};
     mul.f32 s, s, $2;
-    mul.f32 $0, s, w; }}
-"""
-)
-_EXPONENT = -RATE * CUBIC / math.log(2), -RATE / math.log(2)
-_NUMBERS = {
-    "cubic": triton.ptx_float(_EXPONENT[0]),
-    "linear": triton.ptx_float(_EXPONENT[1]),
-    "slope_cubic": triton.ptx_float(3 * RATE * CUBIC),
-    "slope_linear": triton.ptx_float(RATE),
-}
+    mul.f32 $0, s, w; }}"""
 
 
 def gelu_reference(x_XF: jax.Array, bias_F: jax.Array | None) -> jax.Array:
@@ -65,21 +57,22 @@ def gelu_reference(x_XF: jax.Array, bias_F: jax.Array | None) -> jax.Array:
 
 
 def _sigmoid(u, u2):
-    return 1 / (1 + jnp.exp2(u * (_EXPONENT[0] * u2 + _EXPONENT[1])))
+    return 1 / (1 + jnp.exp2(u * (EXPONENT[0] * u2 + EXPONENT[1])))
 
 
 def _gelu(u, interpret):
     if not interpret:
-        return triton.inline_assembly(_FORWARD.format(**_NUMBERS), u)
+        return triton.inline_assembly(FORWARD_PTX, u)
     return u * _sigmoid(u, u * u)
 
 
 def _gelu_gradient(u, dy, interpret):
+    """Returns dy * s * (1 + (u - u * s) * slope)."""
     if not interpret:
-        return triton.inline_assembly(_BACKWARD.format(**_NUMBERS), u, dy)
+        return triton.inline_assembly(BACKWARD_PTX, u, dy)
     u2 = u * u
     sigmoid = _sigmoid(u, u2)
-    return dy * sigmoid * (1 + (u - u * sigmoid) * (3 * RATE * CUBIC * u2 + RATE))
+    return dy * sigmoid * (1 + (u - u * sigmoid) * (SLOPE[0] * u2 + SLOPE[1]))
 
 
 class _Blocks:

@@ -208,6 +208,8 @@ def check_gelu(x_XF: Any, bias_F: Any, tiles: Any) -> None:
     _check_floating("x_XF", x_XF)
     if jnp.dtype(x_XF.dtype).itemsize > 4:
         raise ValueError(f"x_XF must have at most 32 bits; got {describe(x_XF)}.")
+    if x_XF.size >= 2**31:  # the kernels count elements in int32
+        raise ValueError(f"x_XF must have fewer than 2**31 elements; got {describe(x_XF)}.")
     check = Sizes().check
     check("x_XF", x_XF, x_XF.shape, [x_XF.dtype])
     if bias_F is not None:

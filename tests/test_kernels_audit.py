@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("cramjam", reason='cramjam is missing: pip install "jaxtrain[offline]"')
 pytest.importorskip("jax_cuda12_plugin", reason="the compiler for GPUs is missing: offline")
-from pallas_kernels import mosaic  # noqa: E402
+from pallas_kernels import mosaic, search_space  # noqa: E402
 from pallas_kernels.audit import find_faults  # noqa: E402
 from pallas_kernels.audit_cases import CASES, contest_cases  # noqa: E402
 from pallas_kernels.call_flops import ATTENTION_WORK  # noqa: E402
@@ -75,7 +75,7 @@ def test_the_audit_of_each_kernel_at_one_size_passes_for_both_chips(run_python, 
 def test_the_command_has_every_kernel_for_both_widths_of_heads_and_no_case_twice():
     keys = [(case.name, case.shape, case.only_body, case.hbm_bytes) for case in CASES]
     assert len(set(keys)) == len(keys)
-    tiled = {(op, kernel) for ops in MOSAIC.values() for op in ops for kernel in ops[op]}
+    tiled = {(op, kernel) for op, (_, kernels) in search_space.SPACES.items() for kernel in kernels}
     assert {(case.op, case.kernel) for case in CASES if case.kernel} == tiled
     for kernel in ATTENTION_WORK:
         assert {case.K for case in CASES if case.kernel == kernel} == {*MOSAIC_HEADS}

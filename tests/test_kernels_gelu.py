@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.gelu import gelu, gelu_reference
+from pallas_kernels.gelu import BACKWARD_PTX, FORWARD_PTX, gelu, gelu_reference
 from pallas_kernels.gelu_xla import gelu_xla
 from pallas_kernels.tiles import BlockTiles
 from tests.test_kernels_references import (
@@ -78,6 +78,39 @@ def test_each_number_is_near_float64_also_far_from_zero(biased):
     term = u * (1 - sigmoid) * np.sqrt(8 / np.pi) * (1 + 3 * 0.044715 * u * u)
     # The derivative has a root near -0.75, so its error is compared with its terms.
     assert (np.abs(dx - sigmoid * (1 + term)) <= 2e-5 * sigmoid * (1 + np.abs(term))).all()
+
+
+def evaluate_ptx(assembly, *arguments):
+    """Computes in float32 what a fragment of PTX writes to $0, given $1, $2, ..."""
+    values = {f"${n}": np.float32(x) for n, x in enumerate(arguments, 1)}
+    functions = {
+        "mul": lambda a, b: a * b,
+        "add": lambda a, b: a + b,
+        "neg": lambda a: -a,
+        "fma": lambda a, b, c: np.float32(np.float64(a) * b + c),
+        "ex2": np.exp2,
+        "rcp": np.reciprocal,
+    }
+
+    def read(operand):
+        if not operand.startswith("0f"):
+            return values[operand]
+        return np.frombuffer(bytes.fromhex(operand[2:]), ">f4")[0]
+
+    statements = assembly.strip("{} \n").split(";")[1:-1]  # the first declares registers
+    with np.errstate(over="ignore"):
+        for statement in statements:
+            operation, target, *operands = statement.replace(",", " ").split()
+            name = operation.partition(".")[0]
+            values[target] = np.float32(functions[name](*map(read, operands)))
+    return values["$0"]
+
+
+def test_the_assembly_computes_what_the_interpreted_kernels_do():
+    u, dy = np.linspace(-20, 20, 4_001, dtype=np.float32), np.float32(1.5)
+    y, (dx,) = with_gradients(lambda x: gelu(x, None, TILES, True), [u[None]], dy * u[None] ** 0)
+    np.testing.assert_allclose(evaluate_ptx(FORWARD_PTX, u), y[0], rtol=1e-4, atol=1e-30)
+    np.testing.assert_allclose(evaluate_ptx(BACKWARD_PTX, u, dy), dx[0], rtol=1e-4, atol=1e-6)
 
 
 def test_what_is_not_finite_gives_what_xlas_gelu_gives():

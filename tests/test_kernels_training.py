@@ -1,12 +1,16 @@
 """Training with the fused kernels, interpreted, equals training with their references."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import GPT2
 
 from configs import debug
-from jaxtrain.config.train_config import freeze
-from jaxtrain.distributed.mesh import batch_sharding
+from jaxtrain.config.train_config import KernelsConfig, MeshConfig, freeze
+from jaxtrain.distributed.mesh import batch_sharding, build_mesh
+from jaxtrain.model.transformer import build_model
+from jaxtrain.ops.routes import choose_routes
 from jaxtrain.training.run import build_run, compile_step
 from jaxtrain.training.step import init_state
 from pallas_kernels.kernel_choice import OPS
@@ -41,3 +45,27 @@ def test_losses_with_fused_kernels_equal_those_with_references():
     fused, plain = losses(True), losses(False)
     np.testing.assert_allclose(fused, plain, atol=1e-4)
     assert fused[0] != fused[-1]
+
+
+@pytest.mark.parametrize("sizes", [None, (1, 2, 2)], ids=["one device", "rows and F are split"])
+def test_a_gpt_2_with_the_fused_gelu_equals_one_with_xlas(sizes):
+    mesh = sizes and build_mesh(MeshConfig(*sizes), jax.devices()[:4])
+    plain = choose_routes(GPT2, False, "cpu", False)
+    interpreted = choose_routes(GPT2, False, "cpu", False, KernelsConfig(interpret=True))
+    models = [build_model(GPT2, plain | {"gelu": x["gelu"]}, mesh) for x in (plain, interpreted)]
+    params = jax.tree.map(lambda x: x + 0.1, models[0].init(jax.random.key(0)))  # biases, too
+    tokens = jax.random.randint(jax.random.key(1), (4, 12), 0, 96)
+
+    def compute(model):
+        @jax.jit
+        def run(params):
+            hidden, pullback = jax.vjp(lambda params: model.apply(params, tokens), params)
+            return hidden, *pullback(jnp.cos(jnp.arange(hidden.size)).reshape(hidden.shape))
+
+        return run.lower(params), run(params)
+
+    (plain_text, want), (fused_text, got) = map(compute, models)
+    assert plain_text.as_text() != fused_text.as_text()
+    for x, x_want in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        # The gradient of the keys' biases is zero, so it is only rounding errors.
+        np.testing.assert_allclose(x, x_want, atol=1e-5 * max(np.abs(x_want).max(), 1.0))
