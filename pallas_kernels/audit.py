@@ -113,7 +113,7 @@ def find_faults(
         faults.append(f"{report.blocks_per_sm(chip)} blocks per multiprocessor; needs {floor}")
     if isinstance(tiles, BlockTiles):
         faults += _find_block_faults(case, report, tiles)
-    if tiles and case.budget:
+    elif tiles and case.budget:
         of_body = {"ampere": AMPERE_FORWARD_BUDGET, "mosaic": case.mosaic_budget}
         budget = of_body.get(body, case.budget)
         leanest = min(arithmetic_a_score(case, report, tiles), default=math.inf)

@@ -75,14 +75,15 @@ def _gelu_gradient(u, dy, interpret):
     return dy * sigmoid * (1 + (u - u * sigmoid) * (SLOPE[0] * u2 + SLOPE[1]))
 
 
-class _Blocks:
+class Blocks:
     """The blocks of [N,F] that a program computes one after another, all of the same columns.
 
     Where F is not a multiple of the tiles' columns, blocks are narrower and have more rows, or, if
     they would be too narrow, end in padding.
     """
 
-    def __init__(self, N: int, F: int, tiles: BlockTiles):
+    def __init__(self, shape: tuple[int, ...], tiles: BlockTiles):
+        N, F = shape
         columns = math.gcd(F, tiles.columns)  # a power of two
         if columns < min(NARROWEST, tiles.columns):
             columns = min(tiles.columns, pl.next_power_of_2(F))
@@ -90,12 +91,16 @@ class _Blocks:
         self.rows = max(tiles.rows * tiles.columns // columns, 1)
         self.row_blocks = pl.cdiv(N, self.rows)
         self.programs = min(tiles.programs or self.row_blocks, self.row_blocks)  # along the rows
-        self.grid = pl.cdiv(F, columns), self.programs
+        self.column_blocks = pl.cdiv(F, columns)
+        # Of one dimension, because CUDA limits the second one to 65,535. Neighbours in the grid are
+        # neighbours in memory.
+        self.grid = (self.programs * self.column_blocks,)
 
     def start(self):
         """Locates the columns and the first block of this program."""
-        self.program = pl.program_id(1)
-        self.column = pl.program_id(0) * self.columns + jnp.arange(self.columns)
+        index, count = pl.program_id(0), jnp.int32(self.column_blocks)
+        self.program = jax.lax.div(index, count)  # along the rows
+        self.column = jax.lax.rem(index, count) * self.columns + jnp.arange(self.columns)
         self.column_mask = None if self.F % self.columns == 0 else self.column < self.F
 
     def read_bias(self, ref):
@@ -129,7 +134,7 @@ def _load(ref, mask):
 
 def _forward_kernel(x_ref, *refs, tiles, interpret):
     *bias_ref, y_ref = refs
-    blocks = _Blocks(*x_ref.shape, tiles)
+    blocks = Blocks(x_ref.shape, tiles)
     blocks.start()
     bias = blocks.read_bias(*bias_ref) if bias_ref else 0.0
 
@@ -144,7 +149,7 @@ def _forward_kernel(x_ref, *refs, tiles, interpret):
 
 def _backward_kernel(dy_ref, x_ref, *refs, tiles, interpret):
     bias_ref, dx_ref, sum_ref = refs if len(refs) == 3 else (None, *refs, None)
-    blocks = _Blocks(*x_ref.shape, tiles)
+    blocks = Blocks(x_ref.shape, tiles)
     blocks.start()
     bias = blocks.read_bias(bias_ref)
 
@@ -202,7 +207,7 @@ def _forward(x_XF, bias_F, tiles, backward_tiles, interpret):
     y_NF = triton.call(
         functools.partial(_forward_kernel, tiles=tiles, interpret=interpret),
         name="bias_gelu_forward",
-        grid=_Blocks(*x_NF.shape, tiles).grid,
+        grid=Blocks(x_NF.shape, tiles).grid,
         out_shape=triton.like(x_NF),
         warps=tiles.warps,
         interpret=interpret,
@@ -215,7 +220,7 @@ def _backward(tiles, backward_tiles, interpret, residuals, dy_XF):
     x_XF, bias_F = residuals
     F = x_XF.shape[-1]
     dy_NF, x_NF = (x.reshape(-1, F) for x in (dy_XF, x_XF))
-    blocks, biased = _Blocks(*x_NF.shape, backward_tiles), bias_F is not None
+    blocks, biased = Blocks(x_NF.shape, backward_tiles), bias_F is not None
     partial_sums = [triton.like(x_NF, jnp.float32, (blocks.programs, F))] * biased
     dx_NF, *partial_PF = triton.call(
         functools.partial(_backward_kernel, tiles=backward_tiles, interpret=interpret),

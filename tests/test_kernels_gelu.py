@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.gelu import BACKWARD_PTX, FORWARD_PTX, gelu, gelu_reference
+from pallas_kernels.gelu import BACKWARD_PTX, FORWARD_PTX, Blocks, gelu, gelu_reference
 from pallas_kernels.gelu_xla import gelu_xla
 from pallas_kernels.tiles import BlockTiles
 from tests.test_kernels_references import (
@@ -133,6 +133,11 @@ def test_what_is_not_finite_gives_what_xlas_gelu_gives():
     plain = gelu(jnp.asarray(values, FULL)[None], None, TILES, INTERPRET)[0]
     want = [np.nan, np.inf, np.nan, 1e4, 0, 1e12, 0, 0]
     np.testing.assert_array_equal(plain, np.float32(want))
+
+
+def test_many_rows_are_blocks_of_a_grid_of_one_dimension():
+    """CUDA limits the other dimensions to 65,535 blocks."""
+    assert Blocks((8 * 70_000, 2_048), BlockTiles(8, 1_024, 8)).grid == (2 * 70_000,)
 
 
 def test_padding_adds_nothing_to_the_gradient_of_the_bias():
