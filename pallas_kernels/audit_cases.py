@@ -155,8 +155,8 @@ def _symmetric_case(X, M, N, floor, adds=False):
 def _head_case(N, D, V, keep, softcap=0.0):
     def build(tiles):
         h, w = (_array(rows, D) for rows in (N, V))
-        scores = lambda h, w, targets: head_scores(h, w, targets, tiles["head"], softcap, keep)
-        return scores, (h, w, _array(N, dtype=jnp.int32))
+        scores = lambda h, w, r: head_scores(h, w, r, tiles["head"], softcap, keep)
+        return scores, (h, w, _array(N, dtype=jnp.float32))
 
     hbm_bytes = 2 * (N + V) * D + {"": 0, "exponentials": 2, "logits": 4}[keep] * N * V
     shape, flops = f"{N}x{D}x{V} bf16", 2 * N * D * V

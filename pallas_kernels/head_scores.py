@@ -1,13 +1,21 @@
-"""Computes logits, and what cross-entropy needs of each row, in one matrix product.
+"""Computes the logits' exponentials, which are all that cross-entropy needs, in one matrix product.
 
-A program computes one tile of logits. With the tile it stores, for each row, the largest logit (m),
-the sum of exp(logit - m) (l) and the target's logit. A row's log-sum-exp, m + log(l), follows from
-these partial results, so the loss reads no logits. The gradient is softmax - onehot, for which the
-kernel stores exp(logit - m), of a 16-bit model in 16 bits: the softmax is exp(m - log-sum-exp)
-times that, and its relative error does not grow with the logits, as with logits in 16 bits. The
-kernel writes 2*N*V bytes and XLA then moves 4*N*V, against 18*N*V without the kernel
-(python -m pallas_kernels.traffic). The gradient of a softcap needs the logits themselves, so they
-are stored, in float32. Where no gradient is needed, nothing of size N*V is written.
+A program computes one tile of logits and stores, for each row, the sum of exp(logit - reference).
+The caller chooses one reference for each row, so the exponentials of all tiles have the same unit:
+a row's log-sum-exp is reference + log(total), and its softmax is exp(logit - reference) / total.
+The gradient is softmax - onehot. For it the kernel stores the exponentials of a 16-bit model in 16
+bits, whose relative error does not grow with the logits. Because a row has one unit, nobody reads
+them but the two products of the gradient (`head_gradients`): the factors 1 / total are put on the
+rows of h and of the result, and the onehot changes one number of each row. The kernel writes 2*N*V
+bytes and the products read 4*N*V, against 18*N*V without the kernel (python -m
+pallas_kernels.traffic). The gradient of a softcap needs the logits themselves, so they are stored,
+in float32. Where no gradient is needed, nothing of size N*V is written.
+
+The reference must be near the largest logit of its row. A loss takes the target's logit, which
+costs no product, plus REFERENCE_SHIFT. Then exponentials are exact to rounding for logits from 43 nats
+below the target's, where softmax * V is below 1e-13, to 120 nats above it. Beyond that they
+saturate, so the loss of a token is at most about 120 nats + log(V). Maxima are not needed, so that a
+logit costs one FMA, one minimum, one exp2, one sum and a conversion.
 
 Bound: compute, 2*N*D*V FLOPs. Tiles are visited in groups of row blocks, so that the operands that
 programs share stay in the A40's 6 MB L2 cache. If each program walked the vocabulary for its own
@@ -19,6 +27,7 @@ https://triton-lang.org/main/getting-started/tutorials/03-matrix-multiplication.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -26,65 +35,89 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import triton
-from pallas_kernels.tile_order import LOWEST, MASKED, grouped_tile
+from pallas_kernels.tile_order import grouped_tile
 from pallas_kernels.tiles import MosaicProductTiles, ProductTiles
 from pallas_kernels.validation import check_head_scores
 
+LOG2E = math.log2(math.e)
+SHIFT = 64.0  # the target's exponential is 2**-SHIFT, so that there is room for larger ones
+REFERENCE_SHIFT = SHIFT / LOG2E  # a row's reference, less its target's logit
+MOST = 2.0**110  # of an exponential, so that a sum of 2**17 of them stays in float32
+
 
 class Scores(NamedTuple):
-    """Results for N rows; the log-sum-exp of a row is top + log(total)."""
+    """Results for N rows."""
 
-    logits_NV: jax.Array | None  # float32, after the softcap; None unless asked for
-    top_N: jax.Array  # m, the largest logit
-    total_N: jax.Array  # l, the sum of exp(logit - m)
-    hit_N: jax.Array  # the target's logit; 0 where the target is not in this part of V
-    exponentials_NV: jax.Array | None = None  # exp(logit - m of its tile); None unless asked for
-    tops_NP: jax.Array | None = None  # m of each of P tiles, with the exponentials
-
-    def softmax(self, lse_N: jax.Array) -> jax.Array:
-        """Returns exp(logit - lse), [N,V] in float32, from what was kept.
-
-        Args:
-            lse_N: log-sum-exps, which may be those of a vocabulary that is split over devices.
-        """
-        if self.logits_NV is not None:
-            return jnp.exp(self.logits_NV - lse_N[:, None])
-        assert self.exponentials_NV is not None and self.tops_NP is not None, "nothing was kept"
-        (N, V), P = self.exponentials_NV.shape, self.tops_NP.shape[1]
-        columns = _tile_columns(V, P)
-        factor_NP = jnp.exp(self.tops_NP - lse_N[:, None])
-        factor_NV = jnp.broadcast_to(factor_NP[:, :, None], (N, P, columns)).reshape(N, -1)[:, :V]
-        return factor_NV * self.exponentials_NV.astype(factor_NV.dtype)
+    total_N: jax.Array  # float32, sum of exp(logit - reference)
+    kept_NV: jax.Array | None = None  # exponentials or logits, as `keep` says
 
 
-def _tile_columns(V: int, P: int) -> int:
-    """Returns the columns of a tile, of which P cover V; check_head_scores wants powers of two."""
-    return 1 << (pl.cdiv(V, P) - 1).bit_length()
+def target_logits(
+    h_ND: jax.Array, w_VD: jax.Array, targets_N: jax.Array, softcap: float = 0.0
+) -> jax.Array:
+    """Returns each row's logit of its target, [N] in at least float32; 0 outside [0, V).
+
+    A row's reference for head_scores is this plus REFERENCE_SHIFT. If V is split over devices, it
+    is the sum of their results plus REFERENCE_SHIFT, as one of them has the target.
+    """
+    V, wide = len(w_VD), jnp.promote_types(h_ND.dtype, jnp.float32)
+    inside_N = (targets_N >= 0) & (targets_N < V)
+    w_ND = w_VD[jnp.where(inside_N, targets_N, 0)].astype(wide)
+    logit_N = jnp.where(inside_N, (h_ND.astype(wide) * w_ND).sum(1), 0.0)
+    return softcap * jnp.tanh(logit_N / softcap) if softcap else logit_N
 
 
 def head_scores_reference(
     h_ND: jax.Array,
     w_VD: jax.Array,
-    targets_N: jax.Array,
+    reference_N: jax.Array,
     softcap: float = 0.0,
     keep: str = "logits",
 ) -> Scores:
-    """Reference implementation: sums in at least float32; a target outside [0, V) gives hit 0."""
+    """Reference implementation: sums in at least float32."""
     wide = jnp.promote_types(h_ND.dtype, jnp.float32)
     logits_NV = jnp.einsum("ND,VD->NV", h_ND, w_VD, preferred_element_type=wide)
     if softcap:
         logits_NV = softcap * jnp.tanh(logits_NV / softcap)
-    top_N = logits_NV.max(1)
-    total_N = jnp.exp(logits_NV - top_N[:, None]).sum(1)
-    hit_N = (jax.nn.one_hot(targets_N, len(w_VD), dtype=wide) * logits_NV).sum(1)
-    kept = logits_NV if keep == "logits" else None
-    if keep != "exponentials":
-        return Scores(kept, top_N, total_N, hit_N)
-    exponentials_NV = jnp.exp(logits_NV - top_N[:, None]).astype(h_ND.dtype)
-    return Scores(None, top_N, total_N, hit_N, exponentials_NV, top_N[:, None])
+    e_NV = jnp.minimum(jnp.exp2((logits_NV - reference_N[:, None]) * LOG2E), MOST)
+    kept = {"logits": logits_NV, "exponentials": e_NV.astype(h_ND.dtype), "": None}
+    return Scores(e_NV.sum(1), kept[keep])
 
 
-def _kernel(h_ref, w_ref, targets_ref, *out_refs, tiles, softcap, keep):
+def head_gradients(
+    exponentials_NV: jax.Array,
+    h_ND: jax.Array,
+    w_VD: jax.Array,
+    targets_N: jax.Array,
+    weight_N: jax.Array,
+    unit_N: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the gradients of h and w, [N,D] and [V,D], in at least float32.
+
+    That of the logits is weight * (exponentials / unit - onehot); with unit = total it is
+    weight * (softmax - onehot). To get it, XLA changes one number of each row in place. 1 / unit is
+    a factor of the rows of h and of dh. The unit is first moved by at most 2**-9 of itself, so that
+    the changed number, the largest of its row, is exact in 16 bits.
+
+    Args:
+        exponentials_NV: from head_scores, whose references are those of the targets.
+        targets_N: a target outside [0, V) has no onehot.
+        weight_N, unit_N: in at least float32.
+    """
+    V, dtype, wide = len(w_VD), h_ND.dtype, weight_N.dtype
+    own_N = (2.0**-SHIFT - unit_N).astype(dtype)
+    factor_N = weight_N / (2.0**-SHIFT - own_N.astype(wide))
+    columns_N = jnp.where((targets_N >= 0) & (targets_N < V), targets_N, V)
+    d_NV = exponentials_NV.at[jnp.arange(len(h_ND)), columns_N].set(
+        own_N, mode="drop", indices_are_sorted=True, unique_indices=True
+    )
+    product = functools.partial(jnp.einsum, preferred_element_type=wide)
+    scaled_ND = (h_ND.astype(wide) * factor_N[:, None]).astype(dtype)
+    dh_ND = product("NV,VD->ND", d_NV, w_VD) * factor_N[:, None]
+    return dh_ND, product("NV,ND->VD", d_NV, scaled_ND)
+
+
+def _kernel(h_ref, w_ref, reference_ref, *out_refs, tiles, softcap, keep, interpret):
     (N, D), V = h_ref.shape, w_ref.shape[0]
     block, tile = grouped_tile(
         pl.program_id(0), pl.cdiv(N, tiles.rows), pl.cdiv(V, tiles.columns), tiles.group
@@ -114,23 +147,21 @@ def _kernel(h_ref, w_ref, targets_ref, *out_refs, tiles, softcap, keep):
 
     if keep == "logits":
         write(logits)
-    target = triton.load(targets_ref.at[rows], mask=inside, other=-1)
-    # Computed before the masking: columns past V have logit 0, so a target there gives hit 0.
-    hit = jnp.where(columns[None, :] == target[:, None], logits, 0.0).sum(1)
-    logits = jnp.where((columns < V)[None, :], logits, MASKED)
-    m_R = jnp.maximum(jnp.max(logits, 1), LOWEST)  # if all are -inf, -inf - m must not be nan
-    e = jnp.exp(logits - m_R[:, None])
+    reference = triton.load(reference_ref.at[rows], mask=inside, other=0.0)
+    e = triton.exp2(logits, LOG2E, reference[:, None], interpret)
+    e = jnp.where(e > MOST, MOST, e)  # Triton's minimum would drop nan
     if keep == "exponentials":
         write(e)
-    for ref, x in zip(out_refs[bool(keep) :], (m_R, e.sum(1), hit), strict=True):
-        triton.store(ref.at[tile, rows], x, mask=inside)
+    if V % tiles.columns:  # columns past V have logit 0
+        e = jnp.where((columns < V)[None, :], e, 0.0)
+    triton.store(out_refs[-1].at[tile, rows], e.sum(1), mask=inside)
 
 
 @functools.partial(jax.jit, static_argnames=("tiles", "softcap", "keep", "interpret"))
 def head_scores(
     h_ND: jax.Array,
     w_VD: jax.Array,
-    targets_N: jax.Array,
+    reference_N: jax.Array,
     tiles: ProductTiles | MosaicProductTiles,
     softcap: float = 0.0,
     keep: str = "logits",
@@ -140,43 +171,37 @@ def head_scores(
 
     Args:
         h_ND, w_VD: bfloat16, float16 or float32 (in full, not TF32).
-        targets_N: int32.
+        reference_N: float32, near each row's largest logit; see target_logits.
         tiles: its type selects the body.
         softcap: c in c*tanh(logits/c); 0 for none.
-        keep: what to return for the gradient: "logits" in float32, "exponentials" in h's type, or
-            "" for nothing.
+        keep: what to return for the gradient: "logits" in float32, "exponentials" in h's type,
+            which must be bfloat16 or float32 as float16 has too few exponents, or "" for nothing.
         interpret: runs without a GPU, for tests.
 
     Raises:
         ValueError: check_head_scores refuses the arguments, or the Mosaic body.
     """
-    check_head_scores(h_ND, w_VD, targets_N, tiles, softcap, keep)
+    check_head_scores(h_ND, w_VD, reference_N, tiles, softcap, keep)
     (N, _), V = h_ND.shape, w_VD.shape[0]
     dtype = h_ND.dtype if keep == "exponentials" else jnp.float32
     kept = [jax.ShapeDtypeStruct((N, V), dtype)] if keep else []
+    reference_N = reference_N * LOG2E
     if isinstance(tiles, MosaicProductTiles):
         from pallas_kernels import head_scores_mosaic as mosaic  # not every JAX has Mosaic
 
-        out = mosaic.head_scores(h_ND, w_VD, targets_N, tiles, softcap, keep, kept, interpret)
+        out = mosaic.head_scores(h_ND, w_VD, reference_N, tiles, softcap, keep, kept, interpret)
     else:
         vocabulary_tiles = pl.cdiv(V, tiles.columns)
         partial = jax.ShapeDtypeStruct((vocabulary_tiles, N), jnp.float32)
         out = triton.call(
-            functools.partial(_kernel, tiles=tiles, softcap=softcap, keep=keep),
+            functools.partial(
+                _kernel, tiles=tiles, softcap=softcap, keep=keep, interpret=interpret
+            ),
             name="head_scores",
             grid=(pl.cdiv(N, tiles.rows) * vocabulary_tiles,),
-            out_shape=[*kept, partial, partial, partial],
+            out_shape=[*kept, partial],
             warps=tiles.warps,
             stages=tiles.stages,
             interpret=interpret,
-        )(h_ND, w_VD, targets_N)
-    top_PN, total_PN, hit_PN = out[bool(keep) :]  # from each of P vocabulary tiles
-    top_N = top_PN.max(0)
-    total_N = (total_PN * jnp.exp(top_PN - top_N)).sum(0)  # rescales each l to the common maximum
-    # A GPU's maximum may drop nan; l keeps it.
-    top_N = jnp.where(jnp.isnan(total_N), jnp.nan, top_N)
-    logits_NV = out[0] if keep == "logits" else None
-    scores = Scores(logits_NV, top_N, total_N, hit_PN.sum(0))
-    if keep != "exponentials":
-        return scores
-    return scores._replace(exponentials_NV=out[0], tops_NP=top_PN.T)
+        )(h_ND, w_VD, reference_N)
+    return Scores(out[-1].sum(0), out[0] if keep else None)

@@ -1,7 +1,6 @@
 """The body of `head_scores` for Hopper: each multiplying warp group finishes whole rows of a tile.
 
-A row's largest logit, sum of exponentials and hit are reduced in registers. What the gradient needs
-is written through two small buffers of shared memory for each warp group: one is filled while TMA
+A row's sum of exponentials is reduced in registers. What the gradient needs is written through two small buffers of shared memory for each warp group: one is filled while TMA
 copies the other to HBM.
 """
 
@@ -14,9 +13,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import mosaic
+from pallas_kernels.head_scores import LOG2E, MOST
 from pallas_kernels.mosaic import plgpu
 from pallas_kernels.mosaic_product import pipeline_scratch, run_products
-from pallas_kernels.tile_order import LOWEST, MASKED, grouped_tile
+from pallas_kernels.tile_order import grouped_tile
 from pallas_kernels.tiles import MosaicProductTiles
 
 STRIP_BYTES = 128  # in a row of swizzled shared memory
@@ -24,7 +24,7 @@ BUFFERS = 2
 
 
 def _kernel(
-    h_ref, w_ref, targets_ref, *refs, tiles, softcap, keep, kept_smem: Any = None, **pipeline
+    h_ref, w_ref, reference_ref, *refs, tiles, softcap, keep, kept_smem: Any = None, **pipeline
 ):
     (N, D), V = h_ref.shape, w_ref.shape[0]
     group, half = lax.axis_index("group"), tiles.rows // mosaic.CONSUMERS
@@ -46,22 +46,21 @@ def _kernel(
 
         if keep == "logits":
             write(logits)
-        column = tile * tiles.columns + plgpu.broadcasted_iota(
-            jnp.int32, logits.shape, 1, layout=plgpu.Layout.WGMMA
-        )
-        one_per_row = plgpu.Layout.WGMMA.reduce(1)
-        target = plgpu.load(targets_ref.at[rows], layout=one_per_row, optimized=False)
-        target = lax.broadcast_in_dim(target, logits.shape, [0])
-        # Computed before the masking: columns past V have logit 0, so a target there gives hit 0.
-        hit = jnp.where(column == target, logits, 0.0).sum(1)
-        if V % tiles.columns:
-            logits = jnp.where(column < V, logits, MASKED)
-        m_R = jnp.maximum(logits.max(1), LOWEST)
-        e = jnp.exp(logits - lax.broadcast_in_dim(m_R, logits.shape, [0]))
+        reference = mosaic.load_along_rows(reference_ref.at[rows])
+        reference = lax.broadcast_in_dim(reference, logits.shape, [0])
+        e = jnp.minimum(jnp.exp2(logits * LOG2E - reference), MOST)
         if keep == "exponentials":
             write(e)
-        for ref, x in zip(refs[bool(keep) :], (m_R, e.sum(1), hit), strict=True):
-            ref[tile, rows] = x
+        totals = refs[-1].at[tile, rows]
+        totals[...] = e.sum(1)
+        if V % tiles.columns:
+
+            @pl.when(tile == vocabulary_tiles - 1)
+            def _leave_out_columns_past_V():  # their logits are 0
+                column = plgpu.broadcasted_iota(
+                    jnp.int32, logits.shape, 1, layout=plgpu.Layout.WGMMA
+                )
+                totals[...] = jnp.where(column < V % tiles.columns, e, 0.0).sum(1)
 
     count, slices = blocks * vocabulary_tiles, pl.cdiv(D, tiles.depth)
     run_products(tiles, count, slices, operands, lambda p: None, after, **pipeline)
@@ -84,7 +83,7 @@ def _write(values, smem, out_ref, rows, column):
 def head_scores(
     h_ND: jax.Array,
     w_VD: jax.Array,
-    targets_N: jax.Array,
+    reference_N: jax.Array,
     tiles: MosaicProductTiles,
     softcap: float,
     keep: str,
@@ -94,10 +93,11 @@ def head_scores(
     """Runs the kernel of pallas_kernels.head_scores, which combines the results of the tiles.
 
     Args:
+        reference_N: in units of log2(e).
         kept: shape and type of what `keep` names, or nothing.
 
     Returns:
-        what `keep` names, [N,V]; then top, total and hit, [vocabulary tiles, N] each.
+        what `keep` names, [N,V]; then the totals, [vocabulary tiles, N].
 
     Raises:
         ValueError: mosaic.check refuses the arrays, or mosaic.check_rows V; what is kept has rows
@@ -110,21 +110,22 @@ def head_scores(
     # where it reads it.
     h_ND = jnp.pad(h_ND, ((0, -N % mosaic.SWIZZLED_ROWS), (0, 0)))
     kept = [jax.ShapeDtypeStruct((len(h_ND), V), x.dtype) for x in kept]
-    # The targets and the partial results are accessed without TMA, which would check bounds: pad.
-    targets = mosaic.pad_last(targets_N, tiles.rows, -1)
-    partial = jax.ShapeDtypeStruct((pl.cdiv(V, tiles.columns), len(targets)), jnp.float32)
+    # References and totals are accessed without TMA, which would check bounds: pad.
+    reference = mosaic.pad_last(reference_N, tiles.rows, 0.0)
+    partial = jax.ShapeDtypeStruct((pl.cdiv(V, tiles.columns), len(reference)), jnp.float32)
     scratch = pipeline_scratch(tiles, h_ND.dtype)
     if keep:
         half = tiles.rows // mosaic.CONSUMERS
         strips = (mosaic.CONSUMERS, BUFFERS, half, STRIP_BYTES // kept[0].dtype.itemsize)
         scratch["kept_smem"] = mosaic.swizzled_shared_memory(strips, kept[0].dtype)
-    count = len(targets) // tiles.rows * partial.shape[0]
+    count = len(reference) // tiles.rows * partial.shape[0]
     out = mosaic.call(
         functools.partial(_kernel, tiles=tiles, softcap=softcap, keep=keep),
         name="head_scores",
         grid={"program": mosaic.persistent_programs(count, interpret)},
-        out_shape=[*kept, partial, partial, partial],
+        out_shape=[*kept, partial],
         scratch=scratch,
+        approximate=not softcap,  # the fast tanh is too inaccurate
         interpret=interpret,
-    )(h_ND, w_VD, targets)
-    return [*(x[:N] for x in out[: len(kept)]), *(x[:, :N] for x in out[len(kept) :])]
+    )(h_ND, w_VD, reference)
+    return [*(x[:N] for x in out[:-1]), out[-1][:, :N]]

@@ -114,25 +114,27 @@ def _check_product_tiles(tiles, *other_kinds):
 
 
 def check_head_scores(
-    h_ND: Any, w_VD: Any, targets_N: Any, tiles: Any, softcap: float, keep: str
+    h_ND: Any, w_VD: Any, reference_N: Any, tiles: Any, softcap: float, keep: str
 ) -> None:
     """Raises ValueError if head_scores does not support these arguments."""
     sizes = Sizes()
     sizes.check("h_ND", h_ND, "ND", PRODUCT_TYPES)
     sizes.check("w_VD", w_VD, "VD", [h_ND.dtype])
-    sizes.check("targets_N", targets_N, "N", [jnp.int32])
+    sizes.check("reference_N", reference_N, "N", [jnp.float32])
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be 0 (none) or a positive number; got {softcap}.")
     if keep not in KEPT:
         raise ValueError(f"keep must be in {KEPT}; got {keep!r}.")
-    _check_product_tiles(tiles)
-    # Scores.softmax infers the columns from the number of tiles, and the body for Hopper stores
-    # what is kept in strips of up to 64 columns.
-    narrow = body_of(tiles) == "mosaic" and tiles.columns < 64
-    if narrow or not is_power_of_two(tiles.columns):
+    if keep == "exponentials" and h_ND.dtype == jnp.float16:
         raise ValueError(
-            "tiles.columns must be a power of two, of at least 64 for the Mosaic body; got "
-            f"{tiles.columns}."
+            "keep must be 'logits' or '' with float16, which has too few exponents for "
+            f"exponentials; got {keep!r}."
+        )
+    _check_product_tiles(tiles)
+    # The body for Hopper stores what is kept in strips of up to 64 columns.
+    if body_of(tiles) == "mosaic" and tiles.columns < 64:
+        raise ValueError(
+            f"tiles.columns must be at least 64 for the Mosaic body; got {tiles.columns}."
         )
 
 

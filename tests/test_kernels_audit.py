@@ -170,8 +170,8 @@ from pallas_kernels.tiles import MosaicProductTiles
 square, head = MosaicProductTiles(128, 64, 64, 2), MosaicProductTiles(128, 128, 64, 2)
 array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
 compile_for(find_chip("h100"), lambda x: symmetric(x, tiles=square), array(1, 192, 320))
-scores = lambda h, w, y: head_scores(h, w, y, head)
-operands = array(140, 64), array(288, 64), array(140, dtype=jnp.int32)
+scores = lambda h, w, r: head_scores(h, w, r, head)
+operands = array(140, 64), array(288, 64), array(140, dtype=jnp.float32)
 print(*compile_for(find_chip("h100"), scores, *operands)[1])
 """
 

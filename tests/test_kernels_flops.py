@@ -55,7 +55,7 @@ def both_ways(q, k, v, do):
 
 def test_the_head_counts_what_xla_counts_for_its_reference():
     h, w = (48, 1_024), (640, 1_024)
-    reference = counted(head_scores_reference, h, w, dtypes=[((48,), jnp.int32)])
+    reference = counted(head_scores_reference, h, w, dtypes=[((48,), jnp.float32)])
     assert KERNELS["head_scores"](h, w, (48,)) == pytest.approx(reference, rel=0.02)
 
 

@@ -12,7 +12,12 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import mosaic
 from pallas_kernels.flash_attention import flash_attention, flash_attention_reference
-from pallas_kernels.head_scores import head_scores, head_scores_reference
+from pallas_kernels.head_scores import (
+    REFERENCE_SHIFT,
+    head_scores,
+    head_scores_reference,
+    target_logits,
+)
 from pallas_kernels.symmetric import symmetric, symmetric_reference
 from pallas_kernels.tiles import (
     AttentionTiles,
@@ -143,52 +148,41 @@ def test_more_than_8_rows_that_are_no_multiple_of_8_are_an_error_unless_they_can
     blocks = FlashAttentionTiles(tiles, MosaicAttentionTiles(64, 128, 2), tiles)
     with pytest.raises(ValueError, match=r"a multiple of them; got T=12\."):
         flash_attention(q, q, q, None, None, blocks, True)
-    w, targets = jnp.ones((36, 64), HALF), jnp.zeros(8, jnp.int32)
+    w, reference_N = jnp.ones((36, 64), HALF), jnp.zeros(8)
     with pytest.raises(ValueError, match=r"a multiple of them; got V=36\."):
-        head_scores(q[0, :8, 0], w, targets, SQUARES[0][0], keep="", interpret=True)
+        head_scores(q[0, :8, 0], w, reference_N, SQUARES[0][0], keep="", interpret=True)
 
 
 def test_head_scores_equal_the_reference():
-    """Neither N nor V is a multiple of its tile; targets lie before, in, at the end of, past V."""
-    tiles, softcap, (N, D, V) = MosaicProductTiles(128, 128, 64, 2, group=1), 15.0, (141, 64, 288)
+    """Neither N nor V is a multiple of its tile."""
+    tiles, (N, D, V) = MosaicProductTiles(128, 128, 64, 2, group=1), (141, 64, 320)
     h, w = draw(0, N, D), draw(1, V, D) / 4
-    targets = jax.random.randint(jax.random.key(2), (N,), -1, V).at[0].set(V - 1).at[1].set(V)
-    got = head_scores(h, w, targets, tiles, softcap, interpret=not ON_GPU)
-    want = exact(lambda *x: head_scores_reference(*x, targets, softcap), h, w)
-    assert distance(got.logits_NV, want.logits_NV) < 2e-6
-    lse = lambda scores: scores.top_N + np.log(scores.total_N)
-    assert distance(lse(got), lse(want)) < 1e-6
-    assert distance(got.hit_N, want.hit_N) < 2e-6
-    assert not got.hit_N[targets < 0].any() and not got.hit_N[targets >= V].any()
-    softmax = want.softmax(lse(want))
-    assert distance(got.softmax(lse(got)).astype(HALF), softmax) < 2e-3
-    # What is kept has rows of a multiple of 64, so V is larger here.
-    w = jnp.pad(w, ((0, 320 - V), (0, 0)))
-    got, other, lean = (
-        head_scores(h, w, targets, tiles, softcap, keep, not ON_GPU)
-        for keep in ("logits", "exponentials", "")
-    )
-    assert other.logits_NV is None and lean.logits_NV is None
-    for scores in (other, lean):
-        assert distance(lse(scores), lse(got)) < 1e-6 and jnp.array_equal(scores.hit_N, got.hit_N)
-    assert distance(other.softmax(lse(got)).astype(HALF), got.softmax(lse(got))) < 3e-3
+    targets = jax.random.randint(jax.random.key(2), (N,), 0, V)
+    for softcap, keep in ((15.0, "logits"), (0.0, "exponentials"), (0.0, "")):
+        reference_N = target_logits(h, w, targets, softcap) + REFERENCE_SHIFT
+        got = head_scores(h, w, reference_N, tiles, softcap, keep, not ON_GPU)
+        want = exact(lambda *x: head_scores_reference(*x, softcap, keep), h, w, reference_N)  # noqa: B023
+        assert distance(jnp.log(got.total_N), np.log(want.total_N)) < 1e-6
+        if keep:
+            assert distance(got.kept_NV, want.kept_NV) < (2e-6 if softcap else 3e-3)
+        else:
+            assert got.kept_NV is None
 
 
 @pytest.mark.usefixtures("offsets_dropped")
 @pytest.mark.parametrize("keep, V", [("exponentials", 64), ("logits", 32)])
 def test_what_head_scores_keep_is_right_where_a_row_is_one_strip_of_a_tile(keep, V):
-    tiles, targets = MosaicProductTiles(128, 128, 64, 2), jnp.arange(8, dtype=jnp.int32)
+    tiles, reference_N = MosaicProductTiles(128, 128, 64, 2), jnp.zeros(8)
     h, w = draw(0, 8, 64), draw(1, V, 64) / 4
-    got = head_scores.__wrapped__(h, w, targets, tiles, keep=keep, interpret=not ON_GPU)
-    want = exact(lambda *x: head_scores_reference(*x, targets), h, w)
-    lse = want.top_N + np.log(want.total_N)
-    assert distance(got.softmax(jnp.asarray(lse)), want.softmax(lse)) < 3e-3
+    got = head_scores.__wrapped__(h, w, reference_N, tiles, keep=keep, interpret=not ON_GPU)
+    want = exact(lambda *x: head_scores_reference(*x, keep=keep), h, w, reference_N)
+    assert distance(got.kept_NV, want.kept_NV) < 3e-3
 
 
 def test_logits_that_the_memory_accelerator_cannot_write_are_an_error():
-    h, w, targets = jnp.ones((8, 64), HALF), jnp.ones((1_009, 64), HALF), jnp.zeros(8, jnp.int32)
+    h, w, reference_N = jnp.ones((8, 64), HALF), jnp.ones((1_009, 64), HALF), jnp.zeros(8)
     with pytest.raises(ValueError, match=r"writes rows of .* got float32\[8, 1009\]"):
-        head_scores(h, w, targets, SQUARES[0][0], interpret=True)
+        head_scores(h, w, reference_N, SQUARES[0][0], interpret=True)
 
 
 KEYLESS = 64  # queries with nothing to see, as their document has no key

@@ -14,7 +14,7 @@ import pytest
 from pallas_kernels import mosaic
 from pallas_kernels.add_norm import add_norm, add_norm_reference
 from pallas_kernels.flash_attention import flash_attention, flash_attention_reference
-from pallas_kernels.head_scores import head_scores, head_scores_reference
+from pallas_kernels.head_scores import REFERENCE_SHIFT, head_scores, head_scores_reference
 from pallas_kernels.qk_rope import qk_rope, qk_rope_reference
 from pallas_kernels.symmetric import symmetric, symmetric_reference
 from pallas_kernels.tiles import (
@@ -201,25 +201,28 @@ def test_head_scores_keep_what_is_not_finite(body):
     h = np.abs(h)
     h[np.arange(3), 3] = VALUES
     w[tiles.columns : 2 * tiles.columns, 0] = -np.inf
-    targets: Any = np.array([0, 1, 2, 3, tiles.columns, len(w) - 1, -1, 5], np.int32)
     kept = [
-        jax.jit(lambda h, w, k=k: head_scores(h, w, targets, tiles, 0.0, k, not ON_GPU))
+        jax.jit(lambda h, w, r, k=k: head_scores(h, w, r, tiles, 0.0, k, not ON_GPU))
         for k in ("logits", "exponentials")
     ]
-    reference = jax.jit(lambda h, w: head_scores_reference(h, w, targets))
+    references = [
+        jax.jit(lambda h, w, r, k=k: head_scores_reference(h, w, r, 0.0, k))
+        for k in ("logits", "exponentials")
+    ]
+    reference_N = np.full(8, REFERENCE_SHIFT, np.float32)
     for value in (0.0, np.nan, np.inf):  # -inf is in the tile above
         w[5, 7] = value
-        got, exps, want = (jax.tree.map(np.asarray, f(h, w)) for f in (*kept, reference))
         case = f"with {value} in w"
-        logits = finite(got.logits_NV)
-        assert_finite_alike(case, logits, finite(want.logits_NV), finite(want.logits_NV))
-        lse, wanted = (x.top_N + np.log(x.total_N) for x in (got, want))
-        assert_finite_alike(case, finite(lse), finite(wanted), finite(wanted))
-        p, wanted = finite(exps.softmax(lse)), finite(want.softmax(wanted))
-        assert_finite_alike(case, p, wanted, wanted)
-        assert finite(lse)[3:].all() == (value == 0.0)
-        hit = np.where(targets >= 0, logits[np.arange(8), targets], True)
-        assert_finite_alike(case, finite(got.hit_N), hit, hit)
+        for kernel, reference in zip(kept, references, strict=True):
+            got, want = (
+                jax.tree.map(np.asarray, f(h, w, reference_N)) for f in (kernel, reference)
+            )
+            kept_NV, total_N = finite(want.kept_NV), finite(want.total_N)
+            assert_finite_alike(case, finite(got.kept_NV), kept_NV, kept_NV)
+            assert_finite_alike(case, finite(got.total_N), total_N, total_N)
+        assert np.isfinite(got.total_N[3:]).all() == (not np.isnan(value))
+    reference_N[4] = np.nan
+    assert np.isnan(kept[1](h, w, reference_N).total_N[4])
 
 
 @pytest.mark.parametrize("body", [*BODIES, AMPERE])

@@ -63,7 +63,7 @@ KERNELS: dict[Any, dict[str, Any]] = {
     head_scores: {
         "h_ND": bf16(8, 16),
         "w_VD": bf16(32, 16),
-        "targets_N": int32(8),
+        "reference_N": f32(8),
         "tiles": TILES,
         "softcap": 0.0,
         "keep": "exponentials",
@@ -94,6 +94,7 @@ KERNELS: dict[Any, dict[str, Any]] = {
 }
 NARROW, WIDE = MosaicAttentionTiles(64, 64, 2), MosaicAttentionTiles(128, 64, 2)
 STORED = WIDE._replace(variant="stored")
+HALVES = {name: jax.ShapeDtypeStruct((8, 16), jnp.float16) for name in ("h_ND", "w_VD")}
 WRONG = [  # kernel, changed arguments, the start of the error, the value in it
     (flash_attention, {"q_BTHK": bf16(2, 32, 3, 16)}, "the heads H of q_BTHK", "H=3, G=2"),
     (flash_attention, {"q_BTHK": bf16(2, 32, 64)}, "q_BTHK must", "bfloat16[2, 32, 64]"),
@@ -163,12 +164,12 @@ WRONG = [  # kernel, changed arguments, the start of the error, the value in it
     (head_scores, {"h_ND": bf16(0, 16)}, "h_ND must", "bfloat16[0, 16]"),
     (head_scores, {"w_VD": bf16(32, 24)}, "w_VD must", "bfloat16[32, 24]"),
     (head_scores, {"w_VD": f32(32, 16)}, "w_VD must", "float32[32, 16]"),
-    (head_scores, {"targets_N": int32(7)}, "targets_N must", "int32[7]"),
-    (head_scores, {"targets_N": f32(8)}, "targets_N must", "float32[8]"),
+    (head_scores, {"reference_N": f32(7)}, "reference_N must", "float32[7]"),
+    (head_scores, {"reference_N": int32(8)}, "reference_N must", "int32[8]"),
     (head_scores, {"tiles": BLOCKS}, "tiles must", "FlashAttentionTiles("),
     (head_scores, {"tiles": TILES._replace(depth=8)}, "tiles.depth must", "8"),
     (head_scores, {"tiles": TILES._replace(stages=0)}, "tiles.stages must", "0"),
-    (head_scores, {"tiles": MosaicProductTiles(128, 192, 64, 2)}, "tiles.columns must", "192"),
+    (head_scores, HALVES, "keep must", "'exponentials'"),
     (head_scores, {"tiles": MosaicProductTiles(128, 32, 64, 2)}, "tiles.columns must", "32"),
     (head_scores, {"softcap": -1.0}, "softcap must", "-1.0"),
     (symmetric, {"x_XMN": bf16(16, 24)}, "x_XMN must", "bfloat16[16, 24]"),

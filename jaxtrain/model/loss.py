@@ -75,16 +75,39 @@ def _compute_logits(h, w_VD, b_V, softcap, form):
 class _PlainScores:
     """A chunk's logits, computed by XLA, with their max, sum of exp and target's on this device."""
 
-    def __init__(self, h, w_VD, b_V, targets, vocabulary, softcap, form, keep):
-        del keep  # the logits exist either way
-        self.logits = _compute_logits(h, w_VD, b_V, softcap, form)
-        self.top = self.logits.max(-1)
-        self.e = jnp.exp(self.logits - self.top[..., None])
-        self.total = self.e.sum(-1)
+    def __init__(self, h, head, targets, vocabulary, softcap, form):
+        self.h, self.head, self.targets, self.vocabulary = h, head, targets, vocabulary
+        self.softcap, self.form = softcap, form
+        self.logits = _compute_logits(h, *head, softcap, form)
+        self.top, self.total = self.reduce()
         self.target = vocabulary.pick(targets, self.logits)
+
+    def reduce(self):
+        """Returns each row's (max, sum of exp(logits - max))."""
+        top = self.logits.max(-1)
+        self.e = jnp.exp(self.logits - top[..., None])
+        return top, self.e.sum(-1)
 
     def softmax(self, top, total):
         return self.e * jnp.exp(self.top - top)[..., None] / total[..., None]
+
+    def gradients(self, weights, boost, top, total):
+        """Returns this device's gradients of (w, b or None), and of h before its sum over V.
+
+        That of the logits is weights * (boost * softmax - onehot), times the softcap's slope.
+
+        Args:
+            top, total: of the whole vocabulary.
+        """
+        wide, (w_VD, b_V) = self.logits.dtype, self.head
+        p, onehot = self.softmax(top, total), self.vocabulary.onehot(self.targets, wide)
+        d = weights[..., None] * (p * boost[..., None] - onehot)
+        if self.softcap:
+            d = d * cap_slope(self.logits, self.softcap, self.form)
+        db = None if b_V is None else d.sum((0, 1))
+        d = d.astype(self.h.dtype)
+        einsum = functools.partial(jnp.einsum, preferred_element_type=wide)
+        return (einsum("BTV,BTD->VD", d, self.h), db), einsum("BTV,VD->BTD", d, w_VD)
 
 
 def max_and_sum(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -100,43 +123,67 @@ def max_and_sum(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.lax.reduce((logits, jnp.ones_like(logits)), start, merge, (logits.ndim - 1,))
 
 
-class _OnePassScores:
+class _OnePassScores(_PlainScores):
     """_PlainScores for GPUs, where reading the logits takes longer than computing them twice.
 
     XLA reads them once for the maximum and the sum of exp, and once for the softmax and target.
     """
 
-    def __init__(self, h, w_VD, b_V, targets, vocabulary, softcap, form, keep):
-        del keep  # the logits exist either way
-        self.logits = _compute_logits(h, w_VD, b_V, softcap, form)
-        self.top, self.total = max_and_sum(self.logits)
-        self.target = vocabulary.pick(targets, self.logits)
+    def reduce(self):
+        return max_and_sum(self.logits)
 
     def softmax(self, top, total):
         return jnp.exp(self.logits - top[..., None]) / total[..., None]
 
 
-class _FusedScores:
-    """_OnePassScores, computed by the kernel, which stores what a gradient needs if `keep`.
+ROW_BLOCK = 64  # of the kernel's copies
+
+
+class _FusedScores(_OnePassScores):
+    """_PlainScores, computed by the kernel, which also stores what a gradient needs if `keep`.
 
     That is the logits in float32 if there is a softcap, whose slope needs them, or if the model is
-    in float32; else exponentials in bfloat16, which are half as many bytes.
+    in float32; else exponentials in bfloat16, which are half as many bytes and need no softmax.
+    Instead of a maximum each row has a reference, which all devices share.
     """
 
-    def __init__(self, h, w_VD, b_V, targets, vocabulary, softcap, form, keep, scores):
+    def __init__(self, h, head, targets, vocabulary, softcap, form, keep, fused_head):
+        w_VD, b_V = head
         assert b_V is None and form == "tanh", "choose_routes never selects the kernel for these"
-        targets_N = (targets - vocabulary.first).ravel()
+        self.h, self.head, self.targets, self.vocabulary = h, head, targets, vocabulary
+        self.softcap, self.form, self.fused_head = softcap, form, fused_head
+        # In whole blocks of rows, so that the kernel need not pad and slice what it keeps.
+        self.h_ND = self.flatten(h)
+        self.targets_N = self.flatten(targets - vocabulary.first, -1)
+        target_N = fused_head.target_logits(self.h_ND, w_VD, self.targets_N, softcap)
+        # Only the device that has a row's target adds to the sum.
+        reference_N = vocabulary.sum(target_N) + fused_head.reference_shift
         wide = softcap or h.dtype.itemsize > 2
-        kept = ("logits" if wide else "exponentials") if keep else ""
-        self.found = scores(h.reshape(-1, h.shape[-1]), w_VD, targets_N, softcap, kept)
-        self.unflatten = lambda x: x.reshape(*targets.shape, *x.shape[1:])
-        logits_NV = self.found.logits_NV
-        self.logits = None if logits_NV is None else self.unflatten(logits_NV)
-        per_row = self.found.top_N, self.found.total_N, self.found.hit_N
-        self.top, self.total, self.target = map(self.unflatten, per_row)
+        self.kept = ("logits" if wide else "exponentials") if keep else ""
+        scores = fused_head.scores(self.h_ND, w_VD, reference_N, softcap, self.kept)
+        self.kept_NV = scores.kept_NV
+        self.top, self.total, self.target = map(
+            self.unflatten, (reference_N, scores.total_N, target_N)
+        )
+        self.logits = self.unflatten(self.kept_NV) if self.kept == "logits" else None
 
-    def softmax(self, top, total):
-        return self.unflatten(self.found.softmax((top + jnp.log(total)).ravel()))
+    def flatten(self, x, padding=0):
+        """[B,T,...] -> [N,...], padded to whole blocks of rows."""
+        x = x.reshape(-1, *x.shape[2:])
+        widths = ((0, -len(x) % ROW_BLOCK),) + ((0, 0),) * (x.ndim - 1)
+        return jnp.pad(x, widths, constant_values=padding)
+
+    def unflatten(self, x):
+        return x[: self.targets.size].reshape(*self.targets.shape, *x.shape[1:])
+
+    def gradients(self, weights, boost, top, total):
+        if self.kept == "logits":
+            return super().gradients(weights, boost, top, total)
+        weight_N, unit_N = self.flatten(weights), self.flatten(total / boost, 1)
+        dh_ND, dw_VD = self.fused_head.gradients(
+            self.kept_NV, self.h_ND, self.head[0], self.targets_N, weight_N, unit_N
+        )
+        return (dw_VD, None), self.unflatten(dh_ND)
 
 
 def _local_loss(
@@ -164,11 +211,10 @@ def _local_loss(
     (B, T, D), V = h_BTD.shape, w_VD.shape[0]
     wide = wide_dtype(h_BTD.dtype)  # for losses and softmax
     vocabulary = _Vocabulary(axis, V)
-    einsum = functools.partial(jnp.einsum, preferred_element_type=wide)
 
     def add_chunk(carry, chunk):
         h, targets, weights = chunk
-        local = scores(h, w_VD, b_V, targets, vocabulary, softcap, form, keep=grads)
+        local = scores(h, head, targets, vocabulary, softcap, form)
         # Log-sum-exp over all devices' rows: each sum of exp is rescaled to the global maximum.
         top = vocabulary.max(local.top)
         total = vocabulary.sum(local.total * jnp.exp(local.top - top))
@@ -186,15 +232,9 @@ def _local_loss(
             return sums, None
         # The derivative of lse by the logits is the softmax p. So that of lse - target is
         # p - onehot, and that of z_loss * lse^2 is 2 * z_loss * lse * p.
-        p, onehot = local.softmax(top, total), vocabulary.onehot(targets, wide)
-        d = weights[..., None] * (p * (1 + 2 * z_loss * lse[..., None]) - onehot)
-        if softcap:
-            d = d * cap_slope(local.logits, softcap, form)
-        dw, db = carry[2]
-        db = None if db is None else db + d.sum((0, 1))
-        d = d.astype(h.dtype)
-        dw = dw + einsum("BTV,BTD->VD", d, h)
-        return (*sums, (dw, db)), vocabulary.sum(einsum("BTV,VD->BTD", d, w_VD)).astype(h.dtype)
+        dhead, dh = local.gradients(weights, 1 + 2 * z_loss * lse, top, total)
+        dhead = jax.tree.map(jnp.add, carry[2], dhead)
+        return (*sums, dhead), vocabulary.sum(dh).astype(h.dtype)
 
     steps = chunk_steps(B, T, V, chunk_bytes)
     chunks = tuple(split_time(x, steps) for x in (h_BTD, targets_BT, weights_BT))
@@ -233,23 +273,28 @@ def build_loss(
         route: the head's, from jaxtrain.ops.routes.choose_routes; None means XLA.
         softcap_form: form of `cap_logits`.
     """
-    scores = _PlainScores
+    build_scores = lambda keep: _PlainScores
     if route is not None and route.is_fused:
-        scores = functools.partial(_FusedScores, scores=fused.build_scores(route))
+        fused_head = fused.build_head(route)
+        build_scores = lambda keep: functools.partial(
+            _FusedScores, keep=keep, fused_head=fused_head
+        )
     elif route is not None and route.implementation == "one_pass":
-        scores = _OnePassScores
-    options = dict(scores=scores, softcap=softcap, form=softcap_form, z_loss=cfg.z_loss)
+        build_scores = lambda keep: _OnePassScores
+    options = dict(softcap=softcap, form=softcap_form, z_loss=cfg.z_loss)
     options |= dict(chunk_bytes=cfg.chunk_bytes)
 
     def compute(h_BTD, w_VD, targets_BT, weights_BT, b_V, groups_BS, grads) -> tuple[Any, ...]:
         args = h_BTD, (w_VD.astype(dtype), b_V), targets_BT, weights_BT, groups_BS
+        scores = build_scores(keep=grads)
         if mesh is None or mesh.size == 1:
-            return _local_loss(*args, **options, axis=None, grads=grads)
+            return _local_loss(*args, **options, scores=scores, axis=None, grads=grads)
         split = w_VD.shape[0] % mesh.shape["tensor"] == 0
         head_spec = P("tensor") if split else P()
 
         def on_device(*args):
-            out = _local_loss(*args, **options, axis="tensor" if split else None, grads=grads)
+            axis = "tensor" if split else None
+            out = _local_loss(*args, **options, scores=scores, axis=axis, grads=grads)
             # Losses and dhead are summed over the batch's shards; dh stays with its rows.
             total = lambda x: jax.lax.psum(x, BATCH_AXES)
             return (*jax.tree.map(total, out[:3]), *out[3:])

@@ -5,6 +5,7 @@ because the import adds 0.1 s to a start.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -113,18 +114,24 @@ def build_gelu(route: Route, mesh: Mesh | None = None) -> Callable:
     return _shard_map(on_device, mesh, (wide, P("tensor")), wide)
 
 
-def build_scores(route: Route) -> Callable:
-    """Builds scores(h_ND, w_VD, targets_N, softcap, keep) -> head_scores.Scores.
+class FusedHead(NamedTuple):
+    """The functions of pallas_kernels.head_scores, for one device's rows and part of V."""
 
-    Call it inside shard_map: it computes one device's rows. `keep` is that of head_scores.
-    """
-    from pallas_kernels.head_scores import head_scores
+    scores: Callable  # (h_ND, w_VD, reference_N, softcap, keep) -> head_scores.Scores
+    gradients: Callable  # head_scores.head_gradients
+    target_logits: Callable  # head_scores.target_logits
+    reference_shift: float  # a row's reference, less its target's logit
 
-    def scores(h_ND, w_VD, targets_N, softcap, keep):
-        tiles = route.tiles["head"]
-        return head_scores(h_ND, w_VD, targets_N, tiles, softcap, keep, route.is_interpreted)
 
-    return scores
+def build_head(route: Route) -> FusedHead:
+    """Builds the head's functions; call them inside shard_map."""
+    from pallas_kernels import head_scores as head
+
+    def scores(h_ND, w_VD, reference_N, softcap, keep):
+        tiles, interpret = route.tiles["head"], route.is_interpreted
+        return head.head_scores(h_ND, w_VD, reference_N, tiles, softcap, keep, interpret)
+
+    return FusedHead(scores, head.head_gradients, head.target_logits, head.REFERENCE_SHIFT)
 
 
 def build_square(route: Route) -> Callable:
