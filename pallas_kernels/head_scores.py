@@ -12,10 +12,10 @@ pallas_kernels.traffic). The gradient of a softcap needs the logits themselves, 
 in float32. Where no gradient is needed, nothing of size N*V is written.
 
 The reference must be near the largest logit of its row. A loss takes the target's logit, which
-costs no product, plus REFERENCE_SHIFT. Then exponentials are exact to rounding for logits from 43 nats
-below the target's, where softmax * V is below 1e-13, to 120 nats above it. Beyond that they
-saturate, so the loss of a token is at most about 120 nats + log(V). Maxima are not needed, so that a
-logit costs one FMA, one minimum, one exp2, one sum and a conversion.
+costs no product, plus REFERENCE_SHIFT. Then exponentials are exact to rounding for logits from 43
+nats below the target's, where softmax * V is below 1e-13, to 120 nats above it. Beyond that they
+saturate, so the loss of a token is at most about 120 nats + log(V). Maxima are not needed, so a
+logit costs one FMA, one exp2, one minimum, one sum and half a conversion.
 
 Bound: compute, 2*N*D*V FLOPs. Tiles are visited in groups of row blocks, so that the operands that
 programs share stay in the A40's 6 MB L2 cache. If each program walked the vocabulary for its own

@@ -1,7 +1,8 @@
 """The body of `head_scores` for Hopper: each multiplying warp group finishes whole rows of a tile.
 
-A row's sum of exponentials is reduced in registers. What the gradient needs is written through two small buffers of shared memory for each warp group: one is filled while TMA
-copies the other to HBM.
+A row's sum of exponentials is reduced in registers. What the gradient needs is written through two
+small buffers of shared memory for each warp group: one is filled while TMA copies the other to HBM.
+Two programs of a cluster compute tiles below each other, and share the copies of w's rows.
 """
 
 import functools
@@ -28,8 +29,11 @@ def _kernel(
 ):
     (N, D), V = h_ref.shape, w_ref.shape[0]
     group, half = lax.axis_index("group"), tiles.rows // mosaic.CONSUMERS
-    blocks, vocabulary_tiles = pl.cdiv(N, tiles.rows), pl.cdiv(V, tiles.columns)
-    locate = lambda p: grouped_tile(p, blocks, vocabulary_tiles, tiles.group)
+    blocks, vocabulary_tiles = pl.cdiv(N, tiles.cluster * tiles.rows), pl.cdiv(V, tiles.columns)
+
+    def locate(p):
+        block, tile = grouped_tile(p, blocks, vocabulary_tiles, tiles.group)
+        return block * tiles.cluster + mosaic.cluster_index(tiles.cluster), tile
 
     def operands(p):
         block, tile = locate(p)
@@ -111,18 +115,19 @@ def head_scores(
     h_ND = jnp.pad(h_ND, ((0, -N % mosaic.SWIZZLED_ROWS), (0, 0)))
     kept = [jax.ShapeDtypeStruct((len(h_ND), V), x.dtype) for x in kept]
     # References and totals are accessed without TMA, which would check bounds: pad.
-    reference = mosaic.pad_last(reference_N, tiles.rows, 0.0)
+    reference = mosaic.pad_last(reference_N, tiles.cluster * tiles.rows, 0.0)
     partial = jax.ShapeDtypeStruct((pl.cdiv(V, tiles.columns), len(reference)), jnp.float32)
     scratch = pipeline_scratch(tiles, h_ND.dtype)
     if keep:
         half = tiles.rows // mosaic.CONSUMERS
         strips = (mosaic.CONSUMERS, BUFFERS, half, STRIP_BYTES // kept[0].dtype.itemsize)
         scratch["kept_smem"] = mosaic.swizzled_shared_memory(strips, kept[0].dtype)
-    count = len(reference) // tiles.rows * partial.shape[0]
+    count = len(reference) // (tiles.cluster * tiles.rows) * partial.shape[0]
     out = mosaic.call(
         functools.partial(_kernel, tiles=tiles, softcap=softcap, keep=keep),
         name="head_scores",
-        grid={"program": mosaic.persistent_programs(count, interpret)},
+        grid={"program": mosaic.persistent_programs(count, interpret, tiles.cluster)},
+        cluster=tiles.cluster,
         out_shape=[*kept, partial],
         scratch=scratch,
         approximate=not softcap,  # the fast tanh is too inaccurate

@@ -107,14 +107,37 @@ def pad_last(x: jax.Array, multiple: int, value: float) -> jax.Array:
     return jnp.pad(x, padding, constant_values=value)
 
 
-def persistent_programs(tiles: int, interpret: bool) -> int:
-    """Returns the number of programs: one per multiprocessor, but at most one per tile.
+def persistent_programs(tiles: int, interpret: bool, cluster: int = 1) -> int:
+    """Returns the number of clusters: one program per multiprocessor, but one cluster per tile.
 
-    Each program computes several tiles, and loads the next one while it finishes one.
+    Each cluster computes several tiles, and loads the next one while it finishes one.
     """
     if interpret:
         return min(tiles, INTERPRETED_PROGRAMS)
-    return min(tiles, get_default_device().core_count)
+    return min(tiles, get_default_device().core_count // cluster)
+
+
+def cluster_index(cluster: int) -> Any:
+    """Returns a program's index in its cluster."""
+    return lax.axis_index("cluster") if cluster > 1 else 0
+
+
+def shared_barrier(cluster: int, arrivals: int, count: int) -> Any:
+    """Returns barriers that wait for `arrivals` in each program of a cluster."""
+    if cluster == 1:
+        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
+    return plgpu.ClusterBarrier(
+        collective_axes=("cluster",), num_arrivals=arrivals, num_barriers=count
+    )
+
+
+def copy_to_cluster(cluster: int, source: Any, smem: Any, full: Any) -> None:
+    """Starts a TMA copy, of which each program of a cluster reads a part for all of them.
+
+    All programs must call it with the same source, after all have freed the shared memory.
+    """
+    axes = {"collective_axes": "cluster"} if cluster > 1 else {}
+    plgpu.copy_gmem_to_smem(source, smem, full, **axes)
 
 
 def call(
@@ -124,6 +147,7 @@ def call(
     grid: dict[str, int],
     out_shape: Any,
     scratch: dict[str, Any],
+    cluster: int = 1,
     consumers: int = CONSUMERS,
     approximate: bool = False,
     interpret: bool = False,
@@ -134,8 +158,9 @@ def call(
     With consumers=0 there is one warp group, and no such axis.
 
     Args:
-        grid: {axis name: programs}.
+        grid: {axis name: programs}; clusters of them if `cluster` is not 1.
         scratch: {keyword of the kernel: shared memory or barriers}.
+        cluster: programs that share copies, on axis "cluster"; with 1 there is no such axis.
         approximate: computes exponentials with the GPU's fast instruction, which is accurate to 22
             bits. The interpreter ignores it.
         interpret: runs on CPU, thread by thread, and prints RACE DETECTED where two threads or
@@ -143,6 +168,8 @@ def call(
         params: further ones for the compiler.
     """
     threads = {"num_threads": consumers + 1, "thread_name": "group"} if consumers else {}
+    if cluster > 1:
+        threads |= {"cluster": (cluster,), "cluster_names": ("cluster",)}
     program = plgpu.kernel(
         kernel,
         out_type=out_shape,
@@ -262,12 +289,12 @@ def _launch_size(module_bytes):
     context.allow_unregistered_dialects = True  # the ones that give the format's version
     module = ir.Module.parse(module_bytes, context=context).operation
     (launch,) = _operations(module, "stable_mosaic_gpu.gpu.launch")
-    operands: Any = list(launch.operands)[1:8]  # grid x y z, block x y z, shared bytes
+    # Grid x y z, block x y z, cluster x y z if there are clusters, and shared bytes.
+    operands: Any = list(launch.operands)[1:]
     numbers = [operand.owner.attributes["value"].value for operand in operands]
     symbol: Any = module.attributes["sym_name"]
-    return {
-        f"{symbol.value}{SUFFIX}": (math.prod(numbers[3:6]), math.prod(numbers[:3]), numbers[6])
-    }
+    blocks, threads = math.prod(numbers[:3]), math.prod(numbers[3:6])
+    return {f"{symbol.value}{SUFFIX}": (threads, blocks, numbers[-1])}
 
 
 def _operations(parent, name):

@@ -3,7 +3,8 @@
 The bodies of head_scores and symmetric share this code. Programs are persistent: of P programs,
 each computes every P-th tile. Its copying warp group has up to `stages` slices of both operands in
 flight; while the epilogue of one tile runs, it already copies slices of the next. The two
-multiplying warp groups compute half of a tile's rows each.
+multiplying warp groups compute half of a tile's rows each. The programs of a cluster multiply other
+rows of x by the same rows of y, of which each copies a part to all.
 
 Source: warp specialisation as in CUTLASS' sm_90 kernels,
 https://github.com/NVIDIA/cutlass/blob/main/media/docs/cpp/efficient_gemm.md
@@ -32,7 +33,7 @@ def pipeline_scratch(tiles: MosaicProductTiles, dtype: Any) -> dict[str, Any]:
         "x_smem": mosaic.swizzled_shared_memory(x_shape, dtype),
         "y_smem": mosaic.swizzled_shared_memory(y_shape, dtype),
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
-        "free": plgpu.Barrier(num_arrivals=mosaic.CONSUMERS, num_barriers=tiles.stages),
+        "free": mosaic.shared_barrier(tiles.cluster, mosaic.CONSUMERS, tiles.stages),
     }
 
 
@@ -48,7 +49,7 @@ def run_products(
     """Runs all warp groups of a program; it is the body of a kernel.
 
     Args:
-        count: tiles of all programs together.
+        count: tiles of all clusters together.
         slices: slices along the depth of one tile.
         operands: tile p -> ((x_ref [M,N], block of its rows), (y_ref, block of its rows)).
         before: each multiplying group calls it with p before it starts on tile p.
@@ -91,11 +92,14 @@ def _copy_all(tiles, own_tiles, slices, operands, *, x_smem, y_smem, full, free)
             def _():
                 plgpu.barrier_wait(free.at[slot])
 
-            for ref, rows, smem in (
-                (x_ref, pl.ds(x_block * tiles.rows, tiles.rows), x_smem),
-                (y_ref, pl.ds(y_block * tiles.columns, tiles.columns), y_smem),
-            ):
-                plgpu.copy_gmem_to_smem(ref.at[rows, depth], smem.at[slot], full.at[slot])
+            x, y = (
+                pl.ds(x_block * tiles.rows, tiles.rows),
+                pl.ds(y_block * tiles.columns, tiles.columns),
+            )
+            plgpu.copy_gmem_to_smem(x_ref.at[x, depth], x_smem.at[slot], full.at[slot])
+            mosaic.copy_to_cluster(
+                tiles.cluster, y_ref.at[y, depth], y_smem.at[slot], full.at[slot]
+            )
 
     # When a program ends, every arrival at a barrier must have been waited for.
     @pl.loop(0, jnp.minimum(own_tiles * slices, tiles.stages))

@@ -52,6 +52,7 @@ class MosaicProductTiles(NamedTuple):
     stages: int  # slices in flight
     group: int = 8
     body: str = "mosaic"  # marks the type where tiles are stored as JSON lists
+    cluster: int = 1  # programs with other rows that share the copies of the columns' operand
 
 
 class MosaicAttentionTiles(NamedTuple):
