@@ -88,6 +88,7 @@ class LayerOps:
         self.normalise = activations.normalise_gpu if is_gpu else activations.normalise
         self.gelu_of_sum = self.fused_gelu or (gelu_xla if is_gpu else None)
         self.gelu = gelu_xla if is_gpu else activations.gelu
+        self.moves_attention_biases = is_gpu
 
     def add_norm(
         self, norm: Norm | None, h_BTD: jax.Array, y_BTD: jax.Array | None = None
@@ -135,13 +136,19 @@ class Linear(nnx.Module):
             self.b = param(cfg, Axes(parsed.stack, parsed.outputs))
         self.input_dims = len(parsed.inputs)
 
-    def __call__(self, x: jax.Array, ops: LayerOps, add_bias: bool = True) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        ops: LayerOps,
+        add_bias: bool = True,
+        extra_bias: jax.Array | float = 0.0,
+    ) -> jax.Array:
         w = self.w[...]
         inputs, outputs = w.shape[: self.input_dims], w.shape[self.input_dims :]
         assert inputs == x.shape[2:], f"{x.shape} does not end in {inputs}"
         x_BTI = x.reshape(*x.shape[:2], -1)
         w_IO = w.reshape(x_BTI.shape[-1], -1)
-        b_O = self.b[...].reshape(-1) if self.has_bias and add_bias else None
+        b_O = self.b[...].reshape(-1) + extra_bias if self.has_bias and add_bias else None
         return ops.dense(x_BTI, w_IO, b_O).reshape(*x.shape[:2], *outputs)
 
 
@@ -185,6 +192,7 @@ class Attention(nnx.Module):
         self.k = Linear(cfg, "L|D->GK", initial_std(cfg, "k"), bias)
         self.v = Linear(cfg, "L|D->GK", initial_std(cfg, "v"), bias)
         self.o = Linear(cfg, "L|HK->D", initial_std(cfg, "o"), cfg.attention_bias == "all")
+        self.softcap = cfg.attention_softcap
         # Source: https://arxiv.org/abs/2010.04245; over all heads: OLMo 2, arxiv.org/abs/2501.00656
         over_all = cfg.qk_norm_over == "all"
         build_norm = lambda axes: Norm(cfg, axes, "rms", cfg.qk_norm_gain) if cfg.qk_norm else None
@@ -195,11 +203,25 @@ class Attention(nnx.Module):
         self, x_BTD: jax.Array, ops: LayerOps, rope: RopeTables | None, attend: Attend
     ) -> tuple[jax.Array, Any]:
         """Returns ([B,T,D], attend's extra result)."""
-        q, k, v = self.q(x_BTD, ops), self.k(x_BTD, ops), self.v(x_BTD, ops)
+        # Two biases need no pass over [B,T,G,K]. That of the keys adds q.b to all scores of a query,
+        # which the softmax cancels. That of the values is added to every output, as probabilities
+        # sum to one, so the output projection's bias can contain it.
+        moves = ops.moves_attention_biases
+        cancels = moves and rope is None and self.k_norm is None and not self.softcap
+        moves_v = moves and self.v.has_bias and self.o.has_bias
+        q, k = self.q(x_BTD, ops), self.k(x_BTD, ops, add_bias=not cancels)
+        v = self.v(x_BTD, ops, add_bias=not moves_v)
         q = ops.norm_and_rotate(self.q_norm, q, rope)
         k = ops.norm_and_rotate(self.k_norm, k, rope)
         o_BTHK, extra = attend(q, k, v)
-        return self.o(o_BTHK, ops), extra
+        extra_bias = self._value_bias_after_output() if moves_v else 0.0
+        return self.o(o_BTHK, ops, extra_bias=extra_bias), extra
+
+    def _value_bias_after_output(self) -> jax.Array:
+        """Returns what the values' bias adds to each output, [D]."""
+        b_GK, w_HKD = self.v.b[...], self.o.w[...]
+        b_HK = jnp.repeat(b_GK, len(w_HKD) // len(b_GK), 0)
+        return jnp.einsum("HK,HKD->D", b_HK, w_HKD.astype(b_HK.dtype), precision="highest")
 
 
 class Mlp(nnx.Module):
