@@ -1,4 +1,4 @@
-"""On a GPU the biases of keys and values are not added to arrays [B,T,G,K]; nothing else changes."""
+"""On a GPU no pass over [B,T,G,K] adds the biases of keys and values; results stay the same."""
 
 import jax
 import jax.numpy as jnp

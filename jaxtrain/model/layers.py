@@ -203,9 +203,9 @@ class Attention(nnx.Module):
         self, x_BTD: jax.Array, ops: LayerOps, rope: RopeTables | None, attend: Attend
     ) -> tuple[jax.Array, Any]:
         """Returns ([B,T,D], attend's extra result)."""
-        # Two biases need no pass over [B,T,G,K]. That of the keys adds q.b to all scores of a query,
-        # which the softmax cancels. That of the values is added to every output, as probabilities
-        # sum to one, so the output projection's bias can contain it.
+        # Two biases need no pass over [B,T,G,K]. The keys' adds q.b to all scores of a query, which
+        # the softmax cancels. The values' is added to every output, as probabilities sum to one, so
+        # the output projection's bias can contain it.
         moves = ops.moves_attention_biases
         cancels = moves and rope is None and self.k_norm is None and not self.softcap
         moves_v = moves and self.v.has_bias and self.o.has_bias
