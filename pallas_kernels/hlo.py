@@ -95,6 +95,10 @@ def _parse_instruction(line) -> Instruction | None:
     return Instruction(name, opcode[1], result, operands, right[closed + 1 :], bool(root))
 
 
+# Instructions that write a part of their first operand -> the operand with what they write.
+IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}
+
+
 class Program:
     """A compiled module as computations, each a list of instructions."""
 
@@ -142,8 +146,8 @@ class Program:
     def _bytes(self, i, types):
         if i.op == "dynamic-slice":
             return 2 * bytes_of(i.result)
-        if i.op == "dynamic-update-slice":
-            return 2 * bytes_of(types[i.operands[1]])
+        if i.op in IN_PLACE:
+            return sum(bytes_of(types[name]) for name in i.operands[1:]) + _written(i, types)
         if i.op in FUSIONS:
             return self._fusion_bytes(i)
         if i.op.endswith("-start"):  # the result's type contains the operands' types too
@@ -157,8 +161,8 @@ class Program:
         inside = self._called(i)
         types, total, updated = {j.name: j.result for j in inside}, 0, {}
         for j in inside:
-            if j.op == "dynamic-update-slice":
-                updated[j.name] = bytes_of(types[j.operands[1]])
+            if j.op in IN_PLACE:
+                updated[j.name] = _written(j, types)
         for j in inside:
             if j.op == "parameter":
                 users = [user for user in inside if j.name in user.operands]
@@ -190,9 +194,14 @@ class Program:
         return 0.0, "bfloat16"
 
 
+def _written(i, types) -> int:
+    """Returns the bytes that an instruction of IN_PLACE writes."""
+    return bytes_of(types[i.operands[IN_PLACE[i.op]]])
+
+
 def _slices(user, name) -> bool:
-    """Returns whether an instruction reads a slice of `name`, or writes one into it."""
-    return user.op in ("dynamic-slice", "dynamic-update-slice") and user.operands[0] == name
+    """Returns whether an instruction reads a part of `name`, or writes one into it."""
+    return user.op in ("dynamic-slice", *IN_PLACE) and user.operands[0] == name
 
 
 def _dot_flops(i, types):

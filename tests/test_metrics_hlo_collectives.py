@@ -157,6 +157,29 @@ def test_a_fusion_that_slices_an_operand_reads_only_the_slice(form):
     assert work.hbm_bytes == 2 * 64 * 4 + 4  # the slice read and written, and its index
 
 
+SCATTERED = """
+%changed (p: bf16[8,4096], i: s32[8,2], u: f32[8]) -> bf16[8,4096] {
+  %p = bf16[8,4096]{1,0} parameter(0)
+  %i = s32[8,2]{1,0} parameter(1)
+  %u = f32[8]{0} parameter(2)
+  %n = bf16[8]{0} convert(%u)
+  ROOT %s = bf16[8,4096]{1,0} scatter(%p, %i, %n), update_window_dims={}, to_apply=%second
+}
+
+ENTRY %main (x: bf16[8,4096], i: s32[8,2], u: f32[8]) -> bf16[8,4096] {
+  %x = bf16[8,4096]{1,0} parameter(0)
+  %i = s32[8,2]{1,0} parameter(1)
+  %u = f32[8]{0} parameter(2)
+  ROOT %y = bf16[8,4096]{1,0} fusion(%x, %i, %u), kind=kInput, calls=%changed
+}
+"""
+
+
+def test_a_scatter_moves_only_what_it_changes():
+    (work,) = Program(SCATTERED).work()
+    assert work.hbm_bytes == 8 * 2 * 4 + 8 * 4 + 8 * 2  # indices, new numbers, what is written
+
+
 def test_flops_and_bytes_of_a_scan_are_those_of_its_products():
     """A scan of 5 products, each fused with what follows it."""
     x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 128), (5, 128, 128)))
