@@ -13,16 +13,9 @@ import pytest
 
 from pallas_kernels.add_norm import add_norm, add_norm_reference
 from pallas_kernels.flash_attention import flash_attention, flash_attention_reference
-from pallas_kernels.head_scores import (
-    REFERENCE_SHIFT,
-    head_gradients,
-    head_scores,
-    head_scores_reference,
-    target_logits,
-)
 from pallas_kernels.qk_rope import qk_rope, qk_rope_reference
 from pallas_kernels.symmetric import symmetric, symmetric_reference
-from pallas_kernels.tile_order import grouped_tile, triangle_tile
+from pallas_kernels.tile_order import triangle_tile
 from pallas_kernels.tiles import (
     AttentionTiles,
     DqProductTiles,
@@ -201,102 +194,6 @@ def test_each_tile_of_a_triangle_is_visited_once():
         row, column = map(np.asarray, jax.jit(triangle_tile)(np.arange(count, dtype=np.int32)))
         want = [(i, j) for i in range(tiles) for j in range(i + 1)]
         assert list(zip(row.tolist(), column.tolist(), strict=True)) == want
-
-
-@pytest.mark.parametrize("blocks, tiles, group", [(1, 5, 8), (8, 3, 8), (19, 7, 8), (5, 4, 2)])
-def test_each_tile_of_the_head_is_visited_once_and_one_group_after_another(blocks, tiles, group):
-    grouped = jax.jit(grouped_tile, static_argnums=(1, 2, 3))
-    row, column = map(np.asarray, grouped(np.arange(blocks * tiles), blocks, tiles, group))
-    seen = list(zip(row.tolist(), column.tolist(), strict=True))
-    assert sorted(seen) == [(i, j) for i in range(blocks) for j in range(tiles)]
-    assert all(abs(a // group - b // group) <= 1 for a, b in zip(row[1:], row, strict=False))
-
-
-HEAD = ProductTiles(32, 64, 32, 4, 2, group=2)
-
-
-def shifted_target_logits(h, w, targets, softcap=0.0):
-    return target_logits(h, w, jnp.asarray(targets), softcap) + REFERENCE_SHIFT
-
-
-@pytest.mark.parametrize(
-    "N, D, V, softcap, dtype", [(64, 64, 256, 0.0, HALF), (70, 40, 1_009, 15.0, FULL)]
-)
-def test_head_scores_equal_the_reference(N, D, V, softcap, dtype):
-    h, w = draw(0, (N, D), dtype), draw(1, (V, D), dtype) / 4
-    targets = np.random.default_rng(2).integers(-1, V, N, np.int32)
-    reference_N = shifted_target_logits(h, w, targets, softcap)
-
-    @jax.jit
-    def fused(h, w, reference_N):
-        call = lambda keep: head_scores(h, w, reference_N, HEAD, softcap, keep, INTERPRET)
-        return [call(keep) for keep in ("logits", "exponentials", "")]
-
-    logits, exponentials, lean = fused(h, w, reference_N)
-    reference = lambda keep: jax.jit(lambda h, w, r: head_scores_reference(h, w, r, softcap, keep))(
-        *exact(h, w, np.asarray(reference_N))
-    )
-    assert distance(logits.kept_NV, reference("logits").kept_NV) < 2e-6
-    assert distance(exponentials.kept_NV, reference("exponentials").kept_NV) < 3e-3
-    assert lean.kept_NV is None
-    for scores in (logits, exponentials, lean):
-        assert distance(np.log(scores.total_N), np.log(reference("").total_N)) < 1e-6
-
-
-def test_targets_have_the_logits_of_the_product_and_0_outside_the_vocabulary():
-    h, w = draw(0, (6, 24), HALF), draw(1, (10, 24), HALF)
-    targets = np.array([0, 9, 3, -1, 10, 100], np.int32)
-    got = np.asarray(target_logits(h, w, jnp.asarray(targets)))
-    logits = np.asarray(exact(h)[0]) @ np.asarray(exact(w)[0]).T
-    assert distance(got[:3], logits[np.arange(3), targets[:3]]) < 1e-6
-    assert not got[3:].any()
-    capped = target_logits(h, w, jnp.asarray(targets), 2.0)
-    assert distance(capped, 2 * np.tanh(got / 2)) < 1e-6
-
-
-def wide_gradients(h, w, targets):
-    """Returns the nats, and the gradients of their sum by h and w, in float64."""
-
-    def nats(h, w):
-        logits = h @ w.T
-        return jax.nn.logsumexp(logits, 1) - logits[jnp.arange(len(h)), targets]
-
-    h, w = exact(h, w)
-    return nats(h, w), *jax.grad(lambda h, w: nats(h, w).sum(), (0, 1))(h, w)
-
-
-@pytest.mark.parametrize("scale", [0.25, 4.0])  # standard deviations of 2 and 32
-def test_gradients_of_kept_exponentials_are_right_for_small_and_large_logits(scale):
-    """The targets' logits are near the top, in the middle and 100 nats below it."""
-    h, w = draw(0, (16, 64), HALF), (draw(1, (256, 64), HALF) * scale).astype(HALF)
-    logits = np.asarray(exact(h)[0]) @ np.asarray(exact(w)[0]).T
-    order = np.argsort(-logits, 1)
-    least = np.argmin(np.abs(logits - np.maximum(logits.max(1, keepdims=True) - 100, -1e9)), 1)
-    targets = np.where(np.arange(16) < 5, order[:, 0], order[:, 100]).astype(np.int32)
-    targets[10:] = least[10:]
-    scores = head_scores(
-        h, w, shifted_target_logits(h, w, targets), HEAD, 0.0, "exponentials", INTERPRET
-    )
-    weight_N = jnp.ones(16)
-    got = head_gradients(scores.kept_NV, h, w, jnp.asarray(targets), weight_N, scores.total_N)
-    nats = shifted_target_logits(h, w, targets) + np.log(scores.total_N)
-    nats = nats - target_logits(h, w, jnp.asarray(targets))
-    want_nats, *want = wide_gradients(h, w, jnp.asarray(targets))
-    assert np.allclose(nats, want_nats, rtol=1e-5, atol=1e-4)
-    assert all(distance(a, b) < 3e-3 for a, b in zip(got, want, strict=True))
-
-
-def test_a_token_that_is_far_too_unlikely_has_a_finite_loss_and_gradient():
-    h, w = jnp.ones((8, 16), HALF), jnp.zeros((64, 16), HALF).at[7].set(20.0)  # 320 nats
-    targets = jnp.zeros(8, jnp.int32)
-    reference_N = shifted_target_logits(h, w, targets)
-    scores = head_scores(h, w, reference_N, HEAD, 0.0, "exponentials", INTERPRET)
-    nats = reference_N + jnp.log(scores.total_N)
-    assert np.all((nats > 115) & (nats < 125))
-    weight_N = jnp.ones(8)
-    dh, dw = head_gradients(scores.kept_NV, h, w, targets, weight_N, scores.total_N)
-    assert np.isfinite(dh).all() and np.isfinite(dw).all()
-    assert np.all(dw[7] > 0) and np.all(dw[0] < 0)
 
 
 SMALL = FlashAttentionTiles(

@@ -7,7 +7,8 @@ import pytest
 
 from jaxtrain.config.train_config import LossConfig, MeshConfig
 from jaxtrain.distributed.mesh import build_mesh
-from jaxtrain.model.loss import build_loss, chunk_steps, max_and_sum
+from jaxtrain.model.loss import build_loss, chunk_steps
+from jaxtrain.model.loss_scores import max_and_sum
 from jaxtrain.ops.routes import Route
 
 B, T, D, V = 8, 33, 16, 48

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtrain.config.sections import LossConfig
 from jaxtrain.distributed.mesh import BATCH_AXES
 from jaxtrain.model.dense import wide_dtype
-from jaxtrain.model.logits import cap_logits, cap_slope
+from jaxtrain.model.loss_scores import FusedScores, OnePassScores, PlainScores, Vocabulary
 from jaxtrain.ops import fused
 from jaxtrain.ops.routes import Route
 
@@ -45,145 +45,6 @@ def split_time(x: jax.Array, steps: int) -> jax.Array:
     pad = -x.shape[1] % steps
     x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(x.shape[0], -1, steps, *x.shape[2:]), 1, 0)
-
-
-class _Vocabulary:
-    """Reductions over the whole vocabulary, of which this device has V rows from `first` on."""
-
-    def __init__(self, axis, V):
-        self.axis, self.V = axis, V
-        self.first = jax.lax.axis_index(axis) * V if axis else 0
-
-    def sum(self, x):
-        return jax.lax.psum(x, self.axis) if self.axis else x
-
-    def max(self, x):
-        return jax.lax.pmax(x, self.axis) if self.axis else x
-
-    def onehot(self, targets, dtype):
-        return jax.nn.one_hot(targets - self.first, self.V, dtype=dtype)
-
-    def pick(self, targets, logits):
-        return (self.onehot(targets, logits.dtype) * logits).sum(-1)
-
-
-def _compute_logits(h, w_VD, b_V, softcap, form):
-    logits = jnp.einsum("BTD,VD->BTV", h, w_VD, preferred_element_type=wide_dtype(h.dtype))
-    return cap_logits(logits if b_V is None else logits + b_V, softcap, form)
-
-
-class _PlainScores:
-    """A chunk's logits, computed by XLA, with their max, sum of exp and target's on this device."""
-
-    def __init__(self, h, head, targets, vocabulary, softcap, form):
-        self.h, self.head, self.targets, self.vocabulary = h, head, targets, vocabulary
-        self.softcap, self.form = softcap, form
-        self.logits = _compute_logits(h, *head, softcap, form)
-        self.top, self.total = self.reduce()
-        self.target = vocabulary.pick(targets, self.logits)
-
-    def reduce(self):
-        """Returns each row's (max, sum of exp(logits - max))."""
-        top = self.logits.max(-1)
-        self.e = jnp.exp(self.logits - top[..., None])
-        return top, self.e.sum(-1)
-
-    def softmax(self, top, total):
-        return self.e * jnp.exp(self.top - top)[..., None] / total[..., None]
-
-    def gradients(self, weights, boost, top, total):
-        """Returns this device's gradients of (w, b or None), and of h before its sum over V.
-
-        That of the logits is weights * (boost * softmax - onehot), times the softcap's slope.
-
-        Args:
-            top, total: of the whole vocabulary.
-        """
-        wide, (w_VD, b_V) = self.logits.dtype, self.head
-        p, onehot = self.softmax(top, total), self.vocabulary.onehot(self.targets, wide)
-        d = weights[..., None] * (p * boost[..., None] - onehot)
-        if self.softcap:
-            d = d * cap_slope(self.logits, self.softcap, self.form)
-        db = None if b_V is None else d.sum((0, 1))
-        d = d.astype(self.h.dtype)
-        einsum = functools.partial(jnp.einsum, preferred_element_type=wide)
-        return (einsum("BTV,BTD->VD", d, self.h), db), einsum("BTV,VD->BTD", d, w_VD)
-
-
-def max_and_sum(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns (max, sum of exp(logits - max)) over V in a single pass over the logits [...,V]."""
-
-    def merge(a, b):
-        top = jnp.maximum(a[0], b[0])
-        # Where `top` is infinite, exp(top - top) would be NaN.
-        rescaled = lambda x: jnp.where(x[0] == top, x[1], x[1] * jnp.exp(x[0] - top))
-        return top, rescaled(a) + rescaled(b)
-
-    start = jnp.asarray(-jnp.inf, logits.dtype), jnp.zeros((), logits.dtype)
-    return jax.lax.reduce((logits, jnp.ones_like(logits)), start, merge, (logits.ndim - 1,))
-
-
-class _OnePassScores(_PlainScores):
-    """_PlainScores for GPUs, where reading the logits takes longer than computing them twice.
-
-    XLA reads them once for the maximum and the sum of exp, and once for the softmax and target.
-    """
-
-    def reduce(self):
-        return max_and_sum(self.logits)
-
-    def softmax(self, top, total):
-        return jnp.exp(self.logits - top[..., None]) / total[..., None]
-
-
-ROW_BLOCK = 64  # of the kernel's copies
-
-
-class _FusedScores(_OnePassScores):
-    """_PlainScores, computed by the kernel, which also stores what a gradient needs if `keep`.
-
-    That is the logits in float32 if there is a softcap, whose slope needs them, or if the model is
-    in float32; else exponentials in bfloat16, which are half as many bytes and need no softmax.
-    Instead of a maximum each row has a reference, which all devices share.
-    """
-
-    def __init__(self, h, head, targets, vocabulary, softcap, form, keep, fused_head):
-        w_VD, b_V = head
-        assert b_V is None and form == "tanh", "choose_routes never selects the kernel for these"
-        self.h, self.head, self.targets, self.vocabulary = h, head, targets, vocabulary
-        self.softcap, self.form, self.fused_head = softcap, form, fused_head
-        # In whole blocks of rows, so that the kernel need not pad and slice what it keeps.
-        self.h_ND = self.flatten(h)
-        self.targets_N = self.flatten(targets - vocabulary.first, -1)
-        target_N = fused_head.target_logits(self.h_ND, w_VD, self.targets_N, softcap)
-        # Only the device that has a row's target adds to the sum.
-        reference_N = vocabulary.sum(target_N) + fused_head.reference_shift
-        wide = softcap or h.dtype.itemsize > 2
-        self.kept = ("logits" if wide else "exponentials") if keep else ""
-        scores = fused_head.scores(self.h_ND, w_VD, reference_N, softcap, self.kept)
-        self.kept_NV = scores.kept_NV
-        self.top, self.total, self.target = map(
-            self.unflatten, (reference_N, scores.total_N, target_N)
-        )
-        self.logits = self.unflatten(self.kept_NV) if self.kept == "logits" else None
-
-    def flatten(self, x, padding=0):
-        """[B,T,...] -> [N,...], padded to whole blocks of rows."""
-        x = x.reshape(-1, *x.shape[2:])
-        widths = ((0, -len(x) % ROW_BLOCK),) + ((0, 0),) * (x.ndim - 1)
-        return jnp.pad(x, widths, constant_values=padding)
-
-    def unflatten(self, x):
-        return x[: self.targets.size].reshape(*self.targets.shape, *x.shape[1:])
-
-    def gradients(self, weights, boost, top, total):
-        if self.kept == "logits":
-            return super().gradients(weights, boost, top, total)
-        weight_N, unit_N = self.flatten(weights), self.flatten(total / boost, 1)
-        dh_ND, dw_VD = self.fused_head.gradients(
-            self.kept_NV, self.h_ND, self.head[0], self.targets_N, weight_N, unit_N
-        )
-        return (dw_VD, None), self.unflatten(dh_ND)
 
 
 def _local_loss(
@@ -210,7 +71,7 @@ def _local_loss(
     w_VD, b_V = head
     (B, T, D), V = h_BTD.shape, w_VD.shape[0]
     wide = wide_dtype(h_BTD.dtype)  # for losses and softmax
-    vocabulary = _Vocabulary(axis, V)
+    vocabulary = Vocabulary(axis, V)
 
     def add_chunk(carry, chunk):
         h, targets, weights = chunk
@@ -273,14 +134,12 @@ def build_loss(
         route: the head's, from jaxtrain.ops.routes.choose_routes; None means XLA.
         softcap_form: form of `cap_logits`.
     """
-    build_scores = lambda keep: _PlainScores
+    build_scores = lambda keep: PlainScores
     if route is not None and route.is_fused:
         fused_head = fused.build_head(route)
-        build_scores = lambda keep: functools.partial(
-            _FusedScores, keep=keep, fused_head=fused_head
-        )
+        build_scores = lambda keep: functools.partial(FusedScores, keep=keep, fused_head=fused_head)
     elif route is not None and route.implementation == "one_pass":
-        build_scores = lambda keep: _OnePassScores
+        build_scores = lambda keep: OnePassScores
     options = dict(softcap=softcap, form=softcap_form, z_loss=cfg.z_loss)
     options |= dict(chunk_bytes=cfg.chunk_bytes)
 
