@@ -105,7 +105,7 @@ def _local_loss(
     no_nats = zero if groups_BS is None else (zero, jnp.zeros(groups_BS.shape[1], wide))
     carry = (zero, no_nats, dhead) if grads else (zero, no_nats)
     carry, dh = jax.lax.scan(add_chunk, carry, chunks, unroll=count if count <= MIN_CHUNKS else 1)
-    if not grads:
+    if dh is None:
         return carry
     return (*carry, jnp.moveaxis(dh, 0, 1).reshape(B, -1, D)[:, :T])
 
