@@ -144,15 +144,15 @@ def candidates(op: str, arch: str) -> Iterator[tuple[str, OpTiles]]:
 GELU_SHORTLIST: dict[str, tuple[KernelTiles, ...]] = {
     "gelu": (
         GELU_TILES["gelu"],
+        BlockTiles(8, 1_024, 8),
         BlockTiles(4, 1_024, 8),
-        BlockTiles(4, 1_024, 4),
         BlockTiles(8, 1_024, 8, 512),
     ),
     "gelu_backward": (
         GELU_TILES["gelu_backward"],
         BlockTiles(2, 1_024, 4, 256),
         BlockTiles(8, 1_024, 16, 64),
-        BlockTiles(4, 1_024, 8, 512),
+        BlockTiles(4, 1_024, 8, 128),
     ),
 }
 
