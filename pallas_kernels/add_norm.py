@@ -1,10 +1,15 @@
 """Residual add and norm in one pass: s = h + y, n = norm(s) * gain + bias, and their gradients.
 
-The norm is RMS or layer norm. Bound: memory. For N rows of D elements of b bytes, forward moves
-4*N*D*b (reads h, y; writes s, n), or 2*N*D*b without y. Backward moves 4*N*D*b (reads ds, dn, s;
-writes one gradient, shared by h and y) and recomputes each row's statistics in registers. XLA moves
-1.25 to 1.5 times as much (python -m pallas_kernels.traffic): its forward reads each row twice, and
-its backward sums the gain's gradient in a separate pass.
+The norm is RMS or layer norm. y may lack the bias of the product that computed it; then the kernel
+adds it, s = h + (y + y_bias), and the backward sums its gradient. Bound: memory. For N rows of D
+elements of b bytes, forward moves 4*N*D*b (reads h, y; writes s, n), or 2*N*D*b without y. Backward
+moves 4*N*D*b (reads ds, dn, s; writes one gradient, shared by h and y) and recomputes each row's
+statistics in registers. XLA moves 1.25 to 1.5 times as much (python -m pallas_kernels.traffic): its
+forward reads each row twice, and its backward sums the gain's gradient in a separate pass.
+
+A program computes blocks of several rows. A row is cut into parts of 256 columns, or of a power of
+two times as many: 16 bytes for each thread of a warp, or of several warps. So rows of 768 columns
+need no padding, and where a part belongs to one warp, no sum over a row needs shared memory.
 
 Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467; Ba et al. 2016,
 https://arxiv.org/abs/1607.06450
@@ -17,10 +22,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import triton
+from pallas_kernels.block_tiles import BlockTiles, norm_tiles
 from pallas_kernels.validation import check_add_norm
 
-PROGRAMS = 512  # of the backward; each sums the gain's gradient over its share of the rows
-ELEMENTS_PER_WARP = 256  # 8 per thread; with 16, jax 0.11.2 spills on sm_90 (audit)
+VECTORS = "y_bias", "gain", "bias"  # the kernels' arguments of D elements
 
 
 def add_norm_reference(
@@ -30,9 +35,12 @@ def add_norm_reference(
     bias_D: jax.Array | None,
     form: str,
     eps: float,
+    y_bias_D: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Reference implementation: adds in h.dtype, normalizes in at least float32, returns (s, n)."""
+    """Reference implementation: normalizes in at least float32, returns (s, n) in h.dtype."""
     s_XD = h_XD if y_XD is None else h_XD + y_XD
+    if y_XD is not None and y_bias_D is not None:  # rounded once
+        s_XD = (h_XD + (y_XD.astype(y_bias_D.dtype) + y_bias_D)).astype(h_XD.dtype)
     wide = s_XD.astype(jnp.promote_types(s_XD.dtype, jnp.float32))
     if form == "layer":
         wide = wide - wide.mean(-1, keepdims=True)
@@ -40,74 +48,157 @@ def add_norm_reference(
     return s_XD, (n_XD if bias_D is None else n_XD + bias_D).astype(s_XD.dtype)
 
 
-class _Row:
-    """Reads, writes and normalizes rows of D elements, one at a time, padded with zeros."""
+class _Rows:
+    """The blocks of rows of [N,D] that a program computes one after another.
 
-    def __init__(self, D, form, eps):
-        self.column = jnp.arange(pl.next_power_of_2(D))  # Triton's tiles are powers of two
-        self.inside, self.D, self.form, self.eps = self.column < D, D, form, eps
+    Values are lists of parts [rows,columns] in float32. The last part may end in padding.
+    """
 
-    def read(self, ref, *row):
-        x = triton.load(ref.at[*row, self.column], mask=self.inside, other=0.0)
+    def __init__(self, N: int, D: int, tiles: BlockTiles, interpret: bool, program=None):
+        self.N, self.D, self.rows, self.interpret = N, D, tiles.rows, interpret
+        self.columns = min(tiles.columns, pl.next_power_of_2(D))
+        self.parts = pl.cdiv(D, self.columns)
+        self.blocks = pl.cdiv(N, self.rows)
+        self.program, self.programs = program, min(tiles.programs or self.blocks, self.blocks)
+
+    def locate(self, step):
+        """Returns the rows [rows,1] of a block, and the mask of those that exist or None."""
+        block = self.program + step * self.programs
+        row = (block * self.rows + jnp.arange(self.rows))[:, None]
+        return row, row < self.N if self.N % self.rows else None
+
+    def loop(self, body, carry):
+        """Runs body(step, carry) for each block of this program."""
+        if self.programs == self.blocks:
+            return body(0, carry)
+        blocks = -((self.program - self.blocks) // self.programs)
+        return jax.lax.fori_loop(0, blocks, body, carry)
+
+    def column(self, part):
+        """Returns the columns [1,columns] of a part, and the mask of those that exist or None."""
+        column = (part * self.columns + jnp.arange(self.columns))[None, :]
+        return column, column < self.D if (part + 1) * self.columns > self.D else None
+
+    def _locate_part(self, ref, place, part):
+        (row, row_mask), (column, column_mask) = place, self.column(part)
+        shape = self.rows, self.columns
+        masks = [jnp.broadcast_to(x, shape) for x in (row_mask, column_mask) if x is not None]
+        return ref.at[row, column], functools.reduce(jnp.logical_and, masks) if masks else None
+
+    def read(self, ref, place):
+        """Returns the parts of a block; what is outside of the array reads as zeros."""
+        parts = []
+        for part in range(self.parts):
+            block, mask = self._locate_part(ref, place, part)
+            x = triton.load(block) if mask is None else triton.load(block, mask=mask, other=0.0)
+            parts.append(x.astype(jnp.float32))
+        return parts
+
+    def read_vector(self, ref):
+        """Returns the parts of a vector [1,D], which each row reads for itself.
+
+        So they lie in the registers of the same threads as the rows, without an exchange.
+        """
+        return self.read(ref, (jnp.zeros((self.rows, 1), jnp.int32), None))
+
+    def write(self, ref, place, part, x):
+        """Rounds and writes a part of a block; returns it rounded, in float32."""
+        block, mask = self._locate_part(ref, place, part)
+        x = triton.narrow(x, ref.dtype, self.interpret)
+        triton.store(block, x, mask=mask)
         return x.astype(jnp.float32)
 
-    def write(self, ref, row, x):
-        triton.store(ref.at[row, self.column], x.astype(ref.dtype), mask=self.inside)
+    def mean(self, parts):
+        """Returns each row's mean, [rows,1]."""
+        return jnp.sum(functools.reduce(jnp.add, parts), axis=1, keepdims=True) / self.D
 
-    def mean(self, x):
-        return jnp.sum(x) / self.D
+    def mean_of_products(self, a, b):
+        """Returns the mean of each row's products, [rows,1]."""
+        total = a[0] * b[0]
+        for x, y in zip(a[1:], b[1:], strict=True):
+            total = self.fma(x, y, total)
+        return self.mean([total])
 
-    def normalize(self, s):
-        """Returns the normalized row, before the gain, and its factor 1/rms."""
-        if self.form == "layer":
-            s = jnp.where(self.inside, s - self.mean(s), 0.0)
-        rstd = jax.lax.rsqrt(self.mean(s * s) + self.eps)
-        return s * rstd, rstd
+    def fma(self, a, b, c):
+        return triton.fma(a, b, c, self.interpret)
 
-
-def _forward_kernel(*refs, adds, biased, form, eps):
-    h_ref, *refs = refs
-    y_ref, *refs = refs if adds else (None, *refs)
-    gain_ref, *refs = refs
-    bias_ref, *refs = refs if biased else (None, *refs)
-    row, index = _Row(h_ref.shape[1], form, eps), pl.program_id(0)
-    s = row.read(h_ref, index)
-    if adds:
-        s = (s + row.read(y_ref, index)).astype(h_ref.dtype)  # the norm reads the rounded sum
-        row.write(refs[0], index, s)
-    n = row.normalize(s.astype(jnp.float32))[0] * row.read(gain_ref)
-    row.write(refs[-1], index, n + row.read(bias_ref) if biased else n)
+    def center(self, parts):
+        """Subtracts each row's mean; padding remains zero."""
+        mean, centered = self.mean(parts), []
+        for part, x in enumerate(parts):
+            mask = self.column(part)[1]
+            centered.append(x - mean if mask is None else jnp.where(mask, x - mean, 0.0))
+        return centered
 
 
-def _backward_kernel(ds_ref, dn_ref, s_ref, gain_ref, dx_ref, *sum_refs, form, eps):
-    (N, D), program, programs = s_ref.shape, pl.program_id(0), sum_refs[0].shape[0]
-    row = _Row(D, form, eps)
-    gain = row.read(gain_ref)
+def _forward_kernel(*refs, names, tiles, form, eps, interpret):
+    ref = dict(zip(names, refs, strict=True))
+    rows = _Rows(*ref["h"].shape, tiles, interpret, pl.program_id(0))
+    vectors = {name: rows.read_vector(ref[name]) for name in VECTORS if name in ref}
 
-    def add_row(step, sums):
-        """Writes one row's gradient and adds to the sums of the gain's and the bias's gradients.
+    def compute_block(step, carry):
+        place = rows.locate(step)
+        s = rows.read(ref["h"], place)
+        if "y" in ref:
+            for part, y in enumerate(rows.read(ref["y"], place)):
+                y = y + vectors["y_bias"][part] if "y_bias" in ref else y
+                s[part] = rows.write(
+                    ref["s"], place, part, s[part] + y
+                )  # the norm reads it rounded
+        s = rows.center(s) if form == "layer" else s
+        rstd = jax.lax.rsqrt(rows.mean_of_products(s, s) + eps)
+        for part, gain in enumerate(vectors["gain"]):
+            unit = s[part] * rstd
+            bias = vectors["bias"][part] if "bias" in ref else None
+            n = unit * gain if bias is None else rows.fma(unit, gain, bias)
+            rows.write(ref["n"], place, part, n)
+        return carry
 
-        With unit = (s - mean) * rstd and g = dn * gain, the gradient of the norm is
-        rstd * (g - mean(g) - unit * mean(g * unit)); RMS norm has no mean(g).
-        """
-        index = program + step * programs
-        dn, (unit, rstd) = row.read(dn_ref, index), row.normalize(row.read(s_ref, index))
-        g = dn * gain
-        projected = g - unit * row.mean(g * unit)
-        if form == "layer":
-            projected = projected - row.mean(g)
-        row.write(dx_ref, index, row.read(ds_ref, index) + rstd * projected)
-        return tuple(total + x for total, x in zip(sums, (dn * unit, dn), strict=False))
-
-    zeros = tuple(jnp.zeros(row.column.shape, jnp.float32) for _ in sum_refs)
-    # Every step has a row: with eps = 0, a row of padding would add 0 * inf to the sums.
-    sums = jax.lax.fori_loop(0, -((program - N) // programs), add_row, zeros)
-    for ref, total in zip(sum_refs, sums, strict=True):
-        row.write(ref, program, total)
+    rows.loop(compute_block, 0)
 
 
-def _warps(D):
-    return min(max(pl.next_power_of_2(D) // ELEMENTS_PER_WARP, 1), 16)
+def _backward_kernel(
+    ds_ref, dn_ref, s_ref, gain_ref, dx_ref, sums_ref, *, names, tiles, form, eps, interpret
+):
+    """Writes dx, and each program's sums of the gradients of the vectors `names`, [names,P,D].
+
+    With c = s - mean(s), unit = c * rstd and g = dn * gain, the gradient of the norm is
+    rstd * (g - mean(g) - unit * mean(g * unit)); RMS norm has no mean(s) and no mean(g).
+    """
+    rows = _Rows(*s_ref.shape, tiles, interpret, pl.program_id(0))
+
+    def compute_block(step, sums):
+        place = rows.locate(step)
+        s, dn, ds = (rows.read(ref, place) for ref in (s_ref, dn_ref, ds_ref))
+        gain = rows.read_vector(gain_ref)  # again for each block, to need fewer registers
+        g = [x * y for x, y in zip(dn, gain, strict=True)]
+        mean_g = rows.mean(g) if form == "layer" else 0.0
+        s = rows.center(s) if form == "layer" else s
+        mean_g_s = rows.mean_of_products(g, s)
+        rstd = jax.lax.rsqrt(rows.mean_of_products(s, s) + eps)
+        mean_g_unit, new_sums = mean_g_s * rstd, []
+        for part, totals in enumerate(sums):  # part by part, to keep fewer numbers in registers
+            unit = s[part] * rstd
+            projected = rows.fma(unit, -mean_g_unit, g[part] - mean_g)
+            dx = rows.write(dx_ref, place, part, rows.fma(projected, rstd, ds[part]))
+            if place[1] is not None:  # with eps = 0, a row of padding would add 0 * inf
+                unit, dx = (jnp.where(place[1], x, 0.0) for x in (unit, dx))
+            total = dict(zip(names, totals, strict=True))
+            total["gain"] = rows.fma(dn[part], unit, total["gain"])
+            if "bias" in names:
+                total["bias"] += dn[part]
+            if "y_bias" in names:  # its gradient is the sum of what the products before read
+                total["y_bias"] += dx
+            new_sums.append(list(total.values()))
+        return new_sums
+
+    zeros = jnp.zeros((rows.rows, rows.columns), jnp.float32)
+    sums = rows.loop(compute_block, [[zeros] * len(names)] * rows.parts)
+    for part, totals in enumerate(sums):
+        column, mask = (None if x is None else x[0] for x in rows.column(part))
+        for i, total in enumerate(totals):
+            sum_ref = sums_ref.at[i, rows.program, column]
+            triton.store(sum_ref, jnp.sum(total, axis=0), mask=mask)
 
 
 def add_norm(
@@ -118,15 +209,19 @@ def add_norm(
     form: str = "rms",
     eps: float = 1e-6,
     interpret: bool = False,
+    y_bias_D: jax.Array | None = None,
+    tiles: dict[str, BlockTiles] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes add_norm_reference in one kernel; call it inside shard_map, on one device's rows.
 
     Args:
-        h_XD: the residual stream, of any floating type.
+        h_XD: the residual stream, of any floating type; the kernels compute in float32.
         y_XD: what a layer adds to it, of the same type, or None.
         gain_D, bias_D: float32; the bias may be None.
         form: one of validation.FORMS.
         interpret: runs without a GPU, for tests.
+        y_bias_D: added to y, float32, or None; it needs y.
+        tiles: of the two kernels, "norm" and "norm_backward"; None: those of norm_tiles.
 
     Returns:
         (s_XD, n_XD) in h.dtype. They have first-order gradients.
@@ -134,49 +229,59 @@ def add_norm(
     Raises:
         ValueError: check_add_norm refuses the arguments.
     """
-    check_add_norm(h_XD, y_XD, gain_D, bias_D, form, eps)
-    return _add_norm(h_XD, y_XD, gain_D, bias_D, form, eps, interpret)
+    tiles = norm_tiles(h_XD.shape[-1] if h_XD.ndim else 1) if tiles is None else tiles
+    check_add_norm(h_XD, y_XD, gain_D, bias_D, form, eps, y_bias_D, tiles)
+    static = form, eps, tiles["norm"], tiles["norm_backward"], interpret
+    return _add_norm(h_XD, y_XD, gain_D, bias_D, y_bias_D, static)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _add_norm(h_XD, y_XD, gain_D, bias_D, form, eps, interpret):
-    return _forward(h_XD, y_XD, gain_D, bias_D, form, eps, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _add_norm(h_XD, y_XD, gain_D, bias_D, y_bias_D, static):
+    return _forward(h_XD, y_XD, gain_D, bias_D, y_bias_D, static)[0]
 
 
-def _forward(h_XD, y_XD, gain_D, bias_D, form, eps, interpret):
-    D, adds, biased = h_XD.shape[-1], y_XD is not None, bias_D is not None
-    rows = [x.reshape(-1, D) for x in (h_XD, y_XD) if x is not None]
-    vectors = [x for x in (gain_D, bias_D) if x is not None]
+def _forward(h_XD, y_XD, gain_D, bias_D, y_bias_D, static):
+    form, eps, tiles, _, interpret = static
+    D, adds = h_XD.shape[-1], y_XD is not None
+    given = {"h": h_XD, "y": y_XD, "y_bias": y_bias_D, "gain": gain_D, "bias": bias_D}
+    given = {name: x.reshape(-1, D) for name, x in given.items() if x is not None}
+    names = *given, *["s"] * adds, "n"
     out = triton.call(
-        functools.partial(_forward_kernel, adds=adds, biased=biased, form=form, eps=eps),
+        functools.partial(
+            _forward_kernel, names=names, tiles=tiles, form=form, eps=eps, interpret=interpret
+        ),
         name="add_norm_forward",
-        grid=(len(rows[0]),),
-        out_shape=[triton.like(rows[0])] * (1 + adds),
-        warps=_warps(D),
+        grid=(_Rows(*given["h"].shape, tiles, interpret).programs,),
+        out_shape=[triton.like(given["h"])] * (1 + adds),
+        warps=tiles.warps,
         interpret=interpret,
-    )(*rows, *vectors)
+    )(*given.values())
     s_XD = out[0].reshape(h_XD.shape) if adds else h_XD
-    return (s_XD, out[-1].reshape(h_XD.shape)), (s_XD, gain_D, adds, biased)
+    present = adds, bias_D is not None, y_bias_D is not None
+    return (s_XD, out[-1].reshape(h_XD.shape)), (s_XD, gain_D, present)
 
 
-def _backward(form, eps, interpret, residuals, cotangents):
-    s_XD, gain_D, adds, biased = residuals
+def _backward(static, residuals, cotangents):
+    form, eps, _, tiles, interpret = static
+    s_XD, gain_D, (adds, biased, y_biased) = residuals
+    names = "gain", *["bias"] * biased, *["y_bias"] * y_biased
     D = s_XD.shape[-1]
-    ds_ND, dn_ND, s_ND = (x.reshape(-1, D) for x in (*cotangents, s_XD))
-    programs = min(PROGRAMS, len(s_ND))
-    partial_sums = [triton.like(s_ND, jnp.float32, (programs, D))] * (1 + biased)
-    dx_ND, *partial_PD = triton.call(
-        functools.partial(_backward_kernel, form=form, eps=eps),
+    ds_ND, dn_ND, s_ND, gain_1D = (x.reshape(-1, D) for x in (*cotangents, s_XD, gain_D))
+    programs = _Rows(*s_ND.shape, tiles, interpret).programs
+    dx_ND, partial_CPD = triton.call(
+        functools.partial(
+            _backward_kernel, names=names, tiles=tiles, form=form, eps=eps, interpret=interpret
+        ),
         name="add_norm_backward",
         grid=(programs,),
-        out_shape=[triton.like(s_ND), *partial_sums],
-        warps=_warps(D),
+        out_shape=[triton.like(s_ND), triton.like(s_ND, jnp.float32, (len(names), programs, D))],
+        warps=tiles.warps,
         interpret=interpret,
-    )(ds_ND, dn_ND, s_ND, gain_D)
+    )(ds_ND, dn_ND, s_ND, gain_1D)
     dx_XD = dx_ND.reshape(s_XD.shape)
     # Summed in a fixed order, without atomics: the result has the same bits every time.
-    sums = [x.sum(0) for x in partial_PD]
-    return dx_XD, dx_XD if adds else None, sums[0], sums[1] if biased else None
+    sums = dict(zip(names, partial_CPD.sum(1), strict=True))
+    return dx_XD, dx_XD if adds else None, sums["gain"], sums.get("bias"), sums.get("y_bias")
 
 
 _add_norm.defvjp(_forward, _backward)

@@ -8,6 +8,8 @@ which would add 0.1 s to every start.
 
 from typing import Any, NamedTuple
 
+from pallas_kernels.block_tiles import GELU_TILES, BlockTiles, norm_tiles
+
 
 class AttentionTiles(NamedTuple):
     """Tile sizes of one of attention's Triton kernels."""
@@ -92,15 +94,6 @@ class AmpereAttentionTiles(NamedTuple):
     body: str = "ampere"
 
 
-class BlockTiles(NamedTuple):
-    """Sizes of the blocks of a kernel that computes each element on its own."""
-
-    rows: int  # of a block; a block of fewer columns has more rows
-    columns: int
-    warps: int  # per program
-    programs: int = 0  # along the rows, each for several blocks; 0: one for each block
-
-
 ATTENTION_KINDS = AttentionTiles, MosaicAttentionTiles, AmpereAttentionTiles, DqProductTiles
 PRODUCT_KINDS = ProductTiles, MosaicProductTiles, AmpereProductTiles
 KernelTiles = (
@@ -125,10 +118,6 @@ class FlashAttentionTiles(NamedTuple):
 
 # The tiles of all kernels of one op. Values are KernelTiles: Any, because each caller knows which.
 OpTiles = FlashAttentionTiles | dict[str, Any]
-
-# A thread loads 16 bytes at a time, and several times before it computes; the same on each GPU.
-# The fastest of six on an H200, 32,768 x 3,072 (2026-11-28): 110 us forward, 175 us backward.
-GELU_TILES = {"gelu": BlockTiles(4, 1_024, 4), "gelu_backward": BlockTiles(4, 1_024, 8, 512)}
 
 # "attention" is for heads of more than 64. On sm_86, which has little shared memory,
 # FlashAttention-2's backward of such heads uses tiles of 64x64 and 8 warps too.
@@ -203,7 +192,9 @@ MOSAIC: dict[str, dict[str, dict[str, KernelTiles]]] = {
 
 def kinds_of(op: str) -> tuple[type, ...]:
     """Returns the types that the tiles of an op's kernels may have."""
-    return {"attention": ATTENTION_KINDS, "gelu": (BlockTiles,)}.get(op, PRODUCT_KINDS)
+    if op in ("norm", "gelu"):
+        return (BlockTiles,)
+    return ATTENTION_KINDS if op == "attention" else PRODUCT_KINDS
 
 
 def body_of(tiles: KernelTiles | None) -> str:
@@ -259,7 +250,7 @@ def default_tiles(op: str, arch: str, shape: tuple[float, ...] = ()) -> Any:
 
     Args:
         shape: the op's sizes, as in kernel_choice.BenchRow. Attention's tiles depend on the width
-            of its heads; without a shape they are those of wide heads.
+            of its heads, and the norm's on D; by default heads are wide and D is 768.
 
     Raises:
         ValueError: there are no tiles for this architecture.
@@ -269,6 +260,8 @@ def default_tiles(op: str, arch: str, shape: tuple[float, ...] = ()) -> Any:
     table = TILES[arch]
     if op == "attention":
         return table.get("attention_64" if shape and shape[-1] <= 64 else op, table[op])
+    if op == "norm":
+        return norm_tiles(int(shape[-1]) if shape else 768, arch)
     return {name: tiles for name, tiles in table.items() if name.startswith(op)} or None
 
 

@@ -177,19 +177,32 @@ def _check_eps(eps):
         raise ValueError(f"eps must be 0 or a positive number; got {eps}.")
 
 
-def check_add_norm(h_XD: Any, y_XD: Any, gain_D: Any, bias_D: Any, form: str, eps: float) -> None:
-    """Raises ValueError if add_norm does not support these arguments; y and bias may be None."""
+def check_add_norm(
+    h_XD: Any,
+    y_XD: Any,
+    gain_D: Any,
+    bias_D: Any,
+    form: str,
+    eps: float,
+    y_bias_D: Any,
+    tiles: Any,
+) -> None:
+    """Raises ValueError if add_norm does not support these arguments; y and biases may be None."""
     _check_floating("h_XD", h_XD)
     check = Sizes().check
     check("h_XD", h_XD, h_XD.shape, [h_XD.dtype])
     if y_XD is not None:
         check("y_XD", y_XD, h_XD.shape, [h_XD.dtype])
     check("gain_D", gain_D, h_XD.shape[-1:], [jnp.float32])
-    if bias_D is not None:
-        check("bias_D", bias_D, h_XD.shape[-1:], [jnp.float32])
+    for name, x_D in (("bias_D", bias_D), ("y_bias_D", y_bias_D)):
+        if x_D is not None:
+            check(name, x_D, h_XD.shape[-1:], [jnp.float32])
+    if y_XD is None and y_bias_D is not None:
+        raise ValueError(f"y_bias_D must be None without y_XD; got {describe(y_bias_D)}.")
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}; got {form!r}.")
     _check_eps(eps)
+    _check_blocks(tiles, ("norm", "norm_backward"))
 
 
 def check_qk_rope(x_BTHK: Any, gain_K: Any, cos_TK: Any, sin_TK: Any, eps: float) -> None:
@@ -216,8 +229,13 @@ def check_gelu(x_XF: Any, bias_F: Any, tiles: Any) -> None:
     check("x_XF", x_XF, x_XF.shape, [x_XF.dtype])
     if bias_F is not None:
         check("bias_F", bias_F, x_XF.shape[-1:], [jnp.float32])
-    if not isinstance(tiles, dict) or tiles.keys() != GELU_TILES.keys():
-        raise ValueError(f"tiles must have the keys {', '.join(GELU_TILES)}; got {tiles!r}.")
+    _check_blocks(tiles, GELU_TILES)
+
+
+def _check_blocks(tiles, kernels):
+    """Raises ValueError unless `tiles` has BlockTiles for each of these kernels, and no others."""
+    if not isinstance(tiles, dict) or tiles.keys() != {*kernels}:
+        raise ValueError(f"tiles must have the keys {', '.join(kernels)}; got {tiles!r}.")
     for kernel, value in tiles.items():
         _check_block(f"tiles[{kernel!r}]", value)
 

@@ -21,6 +21,7 @@ from pallas_kernels.tiles import (
     AmpereAttentionTiles,
     AmpereProductTiles,
     AttentionTiles,
+    BlockTiles,
     DqProductTiles,
     FlashAttentionTiles,
     MosaicAttentionTiles,
@@ -245,20 +246,24 @@ def test_symmetric_keeps_what_is_not_finite(body):
 
 @pytest.mark.parametrize("form", ["rms", "layer"])
 def test_add_norm_keeps_what_is_not_finite(form):
-    """Each row has one such number, in one operand; then the gain and the bias have one."""
+    """Each row has one such number, in one operand; then the gain and the biases have one."""
     cases = [(operand, value) for operand in range(4) for value in VALUES]
     arrays = draw(*[(len(cases) + 1, 24)] * 4)
     for row, (operand, value) in enumerate(cases):
         arrays[operand][row, 5] = value
     ds, dn, *streams = arrays
-    fused = both_ways(lambda *x: add_norm(*x, form=form, interpret=not ON_GPU))
-    reference = both_ways(lambda *x: add_norm_reference(*x, form=form, eps=1e-6))
-    for gain, bias in ((1.0, 0.0), (np.nan, 0.0), (-np.inf, 0.0), (1.0, np.inf)):
-        vectors: list[Any] = [np.ones(24, np.float32), np.zeros(24, np.float32)]
-        vectors[0][3], vectors[1][3] = gain, bias
+    # Rows of several parts; the backward's last part, and the last blocks, end in padding
+    tiles = {"norm": BlockTiles(2, 8, 4), "norm_backward": BlockTiles(4, 16, 4, 3)}
+    fused = both_ways(
+        lambda *x: add_norm(*x[:4], form, 1e-6, not ON_GPU, y_bias_D=x[4], tiles=tiles)
+    )
+    reference = both_ways(lambda *x: add_norm_reference(*x[:4], form, 1e-6, x[4]))
+    for number, value in ((0, 1.0), (0, np.nan), (0, -np.inf), (1, np.inf), (2, np.nan)):
+        vectors: list[Any] = [np.full(24, x, np.float32) for x in (1, 0, 0)]
+        vectors[number][3] = value
         pair = [f((ds, dn), *streams, *vectors) for f in (fused, reference)]
         for n, (got, want) in enumerate(zip(*map(jax.tree.leaves, pair), strict=True)):
-            case = f"result {n}, with gain {gain} and bias {bias}"
+            case = f"result {n}, with {value} in vector {number}"
             assert_finite_alike(case, finite(got), finite(want), finite(want))
 
 
@@ -282,9 +287,8 @@ def test_qk_rope_keeps_what_is_not_finite():
             assert_finite_alike(case, finite(got), finite(want), finite(want))
 
 
-def test_padding_adds_nothing_to_the_gradients_of_gains_without_eps(monkeypatch):
+def test_padding_adds_nothing_to_the_gradients_of_gains_without_eps():
     """With eps = 0, the statistics of a row of zeros are infinite."""
-    monkeypatch.setattr("pallas_kernels.add_norm.PROGRAMS", 4)
     h, x, *cotangents = map(
         jnp.asarray, draw((6, 24), (1, 5, 3, 16), (6, 24), (6, 24), (1, 5, 3, 16))
     )

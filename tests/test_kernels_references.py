@@ -18,6 +18,7 @@ from pallas_kernels.symmetric import symmetric, symmetric_reference
 from pallas_kernels.tile_order import triangle_tile
 from pallas_kernels.tiles import (
     AttentionTiles,
+    BlockTiles,
     DqProductTiles,
     FlashAttentionTiles,
     ProductTiles,
@@ -64,7 +65,7 @@ def with_gradients(function, arrays, cotangents):
 def assert_reproducible(function, arrays, cotangents, got):
     """Checks that the gradients have the same bits in a second call."""
     _, again = with_gradients(function, arrays, cotangents)
-    assert all(map(jnp.array_equal, got, again))
+    assert all(map(jnp.array_equal, jax.tree.leaves(got), jax.tree.leaves(again)))
 
 
 @pytest.fixture
@@ -73,22 +74,25 @@ def few_programs(monkeypatch):
 
     The interpreter executes one program after another.
     """
-    for kernel in ("add_norm", "qk_rope"):
-        monkeypatch.setattr(f"pallas_kernels.{kernel}.PROGRAMS", 8)
+    monkeypatch.setattr("pallas_kernels.qk_rope.PROGRAMS", 8)
 
 
-NORMS = {  # shape, form, adds, biased
-    "rms, ragged": ((3, 37, 192), "rms", True, False),
-    "rms, fewer rows than programs": ((5, 64), "rms", True, False),
-    "rms, nothing to add": ((5, 192), "rms", False, False),
-    "layer, biased": ((3, 37, 192), "layer", True, True),
-    "layer, nothing to add": ((60, 96), "layer", False, False),
+# Rows of several parts, of which the last may end in padding, and several blocks for a program
+NORM_TILES = {"norm": BlockTiles(2, 64, 4), "norm_backward": BlockTiles(4, 128, 4, 5)}
+NORMS = {  # shape, form, tiles, inputs besides h and the gain
+    "rms, ragged": ((3, 37, 192), "rms", NORM_TILES, "y"),
+    "rms, fewer rows than a block": ((3, 64), "rms", None, "y"),
+    "rms, nothing to add": ((5, 192), "rms", NORM_TILES, ""),
+    "layer, biased": ((3, 37, 192), "layer", None, "y bias"),
+    "layer, nothing to add": ((60, 96), "layer", NORM_TILES, ""),
+    "layer, both biases": ((37, 320), "layer", NORM_TILES, "y y_bias bias"),
+    "rms, bias of y": ((12, 200), "rms", NORM_TILES, "y y_bias"),
 }
-PRECISE = "rms, ragged", "rms, nothing to add", "layer, biased"  # in float32
-ROUNDED = "rms, ragged", "rms, fewer rows than programs", "layer, nothing to add"  # in bfloat16
+PRECISE = "rms, ragged", "rms, nothing to add", "layer, biased", "layer, both biases"  # in float32
+ROUNDED = "rms, ragged", "rms, fewer rows than a block", "layer, nothing to add"  # in bfloat16
+ROUNDED += "layer, both biases", "rms, bias of y"
 
 
-@pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize(
     "name, dtype, tolerance",
     [*((name, FULL, 2e-6) for name in PRECISE), *((name, HALF, 3e-3) for name in ROUNDED)],
@@ -96,29 +100,36 @@ ROUNDED = "rms, ragged", "rms, fewer rows than programs", "layer, nothing to add
 def test_add_norm_and_its_gradients_equal_the_reference_and_are_reproducible(
     name, dtype, tolerance
 ):
-    shape, form, adds, biased = NORMS[name]
+    shape, form, tiles, inputs = NORMS[name]
     h, y, ds, dn = (draw(seed, shape, dtype) + seed / 4 for seed in range(4))
-    vectors = [1 + 0.1 * draw(4, shape[-1:], FULL)] + [draw(5, shape[-1:], FULL)] * biased
-    given = [h, y][: 1 + adds] + vectors
+    gain, bias, y_bias = (draw(seed, shape[-1:], FULL) for seed in range(4, 7))
+    given = {"h": h, "y": y, "gain": 1 + 0.1 * gain, "bias": bias, "y_bias": y_bias}
+    given = {key: x for key, x in given.items() if key in ("h", "gain", *inputs.split())}
+    pick = lambda given: [given.get(key) for key in ("h", "y", "gain", "bias")]
 
-    def split(given):
-        return given[0], given[1] if adds else None, given[1 + adds], given[-1] if biased else None
+    def fused(given):
+        return add_norm(*pick(given), form, 1e-6, INTERPRET, given.get("y_bias"), tiles)
 
-    fused = lambda *given: add_norm(*split(given), form, 1e-6, INTERPRET)
-    (s, n), got = with_gradients(fused, given, (ds, dn))
+    (s, n), (got,) = with_gradients(fused, [given], (ds, dn))
     assert s.dtype == n.dtype == dtype
-    assert jnp.array_equal(s, h + y if adds else h)
-    assert not adds or jnp.array_equal(got[0], got[1])
-    assert_reproducible(fused, given, (ds, dn), got)
+    wide = [x.astype(FULL) for x in (h, y)]
+    added = wide[1] + y_bias if "y_bias" in given else wide[1]
+    assert jnp.array_equal(s, (wide[0] + added).astype(dtype) if "y" in given else h)
+    assert "y" not in given or jnp.array_equal(got["h"], got["y"])
+    assert_reproducible(fused, [given], (ds, dn), got)
 
-    def reference(s, *vectors):  # starts from the rounded sum
-        return add_norm_reference(s, None, vectors[0], vectors[1] if biased else None, form, 1e-6)
+    def reference(given):  # starts from the rounded sum
+        return add_norm_reference(given["s"], None, given["gain"], given.get("bias"), form, 1e-6)
 
-    (_, n_exact), want = with_gradients(reference, exact(s, *vectors), tuple(exact(ds, dn)))
+    start = {"s": s} | {key: x for key, x in given.items() if key in ("gain", "bias")}
+    start, cotangents = ({k: exact(x)[0] for k, x in start.items()}, tuple(exact(ds, dn)))
+    (_, n_exact), (want,) = with_gradients(reference, [start], cotangents)
     assert distance(n, n_exact) < tolerance
-    assert distance(got[0], want[0]) < tolerance
-    for x, x_exact in zip(got[1 + adds :], want[1:], strict=True):
-        assert distance(x, x_exact) < 1e-5
+    assert distance(got["h"], want.pop("s")) < tolerance
+    if "y_bias" in given:  # the sum of rounded gradients
+        want["y_bias"] = exact(got["h"])[0].reshape(-1, shape[-1]).sum(0)
+    for key, x_exact in want.items():
+        assert distance(got[key], x_exact) < 1e-5, key
 
 
 HEADS = {  # B, T, H, K
