@@ -33,7 +33,7 @@ class Case(NamedTuple):
     only_body: str = ""  # the only body that is compiled at this shape
     why_only: str = ""
     build_all: Callable | None = None  # like build, but of all kernels of the op at this shape
-    # B, T, H, G, K of attention; N, D, V of head; X, M, N of square; N, F of GELU
+    # B, T, H, G, K of attention; N, D, V of head; X, M, N of square; N, F of GELU; N, D of norm
     sizes: tuple[int, ...] = ()
     tiles: Any = None  # the kernel's, in place of its body's default
     window: int | None = None  # how many keys a query of attention sees; None: all
@@ -70,29 +70,35 @@ SHARED_CEILINGS = {("dkv", 128): 31.4, ("dq", 128): 17.0, ("dkv", 64): 12.2, ("d
 
 ELEMENT_BUDGETS = {"gelu": 11.25, "gelu_backward": 24.5}  # as counted on 2026-11-28, rounded up
 
+# kernel -> D -> the fewest programs that fit on a multiprocessor, as counted on 2026-11-28
+NORM_FLOORS = {
+    "norm": {768: 5, 1_024: 4, 1_280: 5, 1_600: 4, 2_048: 4, 5_632: 2, 8_192: 2},
+    "norm_backward": {768: 2, 1_024: 3, 1_280: 2, 1_600: 4, 2_048: 4, 5_632: 1, 8_192: 1},
+}
+
 
 def _array(*shape, dtype: Any = jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def _norm_case(backward, N, D, floor):
-    """Returns a case; for the backward, layer norm with a bias, which needs the most registers."""
+    """Returns a case of layer norm with all biases, which needs the most registers."""
 
     def build(tiles):
-        del tiles
         x, vector = _array(N, D), _array(D, dtype=jnp.float32)
+
+        def add_layer_norm(h, y, gain, bias, y_bias):
+            return add_norm(h, y, gain, bias, "layer", y_bias_D=y_bias, tiles=tiles)
+
+        given = x, x, vector, vector, vector
         if not backward:
-            return lambda h, y, gain: add_norm(h, y, gain, None), (x, x, vector)
+            return add_layer_norm, given
+        gradients = lambda *args: jax.vjp(add_layer_norm, *args[:5])[1](args[5:])
+        return gradients, (*given, x, x)
 
-        def gradients(h, y, gain, bias, ds, dn):
-            return jax.vjp(lambda *args: add_norm(*args, form="layer"), h, y, gain, bias)[1](
-                (ds, dn)
-            )
-
-        return gradients, (x, x, vector, vector, x, x)
-
-    name = f"add_norm_{'backward' if backward else 'forward'}"
-    return Case(name, f"{N}x{D} bf16", build, 4 * N * D * 2, 0.0, floor)
+    direction, kernel = ("backward", "norm_backward") if backward else ("forward", "norm")
+    case = Case(f"add_norm_{direction}", f"{N}x{D} bf16", build, 4 * N * D * 2, 0.0, floor)
+    return case._replace(kernel=kernel, sizes=(N, D))
 
 
 def _qk_rope_case(B, T, H, K, floor):
@@ -235,8 +241,8 @@ CASES = [
     *(_attention_case(name, 8, 1_024, 12, 12, 64) for name in ATTENTION_WORK),
     *(_attention_case(name, 4, 2_048, 16, 4, 128, window=512) for name in ATTENTION_WORK),
     _stored_case(4, 2_048, 16, 4, 128),
-    *(_norm_case(False, 8_192, D, floor) for D, floor in ((768, 10), (2_048, 5), (8_192, 1))),
-    *(_norm_case(True, 8_192, D, floor) for D, floor in ((768, 8), (2_048, 3), (8_192, 1))),
+    *(_norm_case(False, 32_768, D, floor) for D, floor in NORM_FLOORS["norm"].items()),
+    *(_norm_case(True, 32_768, D, floor) for D, floor in NORM_FLOORS["norm_backward"].items()),
     _qk_rope_case(4, 2_048, 16, 128, floor=8),
     _qk_rope_case(8, 1_024, 12, 64, floor=8),
     *(_gelu_case(backward, 32_768, F, 4) for backward in (False, True) for F in (3_072, 5_120)),

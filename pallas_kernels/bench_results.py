@@ -150,7 +150,9 @@ def merge_rows(
     replaced, new = [], []
     for contest in contests:  # training needs both directions
         result = results["contests"].get(contest.name, {})
-        if "forward" in contest.name or not ("error" in result or "done" in result):
+        if "forward" in contest.name or not contest.in_table:
+            continue
+        if not ("error" in result or "done" in result):
             continue
         row, contestants = None, result.get("contestants", {})
         if "done" in result:

@@ -28,6 +28,7 @@ class Contest(NamedTuple):
     documents: bool = False  # attention is masked between documents
     window: int = 0  # keys that a query of attention sees; 0: all
     shipped: bool = True  # whether a shipped model trains this shape
+    in_table: bool = True  # whether its row enters the chip's table, if it is of both ways
 
 
 def normal(key: jax.Array, *shapes: tuple[int, ...]) -> list[jax.Array]:

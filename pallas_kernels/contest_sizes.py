@@ -20,6 +20,8 @@ class Sizes(NamedTuple):
     # Attention of no shipped model: its shape, and its windows (0: none).
     longer: tuple = (((2, 4_096, 16, 4, 128), (0, 1_024)),)
     norm: tuple = tuple((8_192, D) for D in (768, 576, 1_024, 1_280, 1_600, 2_048))  # N, D
+    # N, D of layer norm with all biases, as gpt_124m trains it; its row is that of this D
+    layer_norm: tuple = ((32_768, 768),)
     qk_rope: tuple = ((8, 1_024, 12, 64), (4, 2_048, 16, 128))  # B, T, H, K
     # N, F of the GPT models: more than an L2 cache holds, as in training
     gelu: tuple = tuple((16_384, F) for F in (3_072, 4_096, 5_120, 6_400))
@@ -43,6 +45,7 @@ TINY = Sizes(
     ((1, 128, 2, 1, 64),),
     (((1, 128, 2, 1, 64), (40,)),),
     ((64, 128),),
+    ((20, 192),),
     ((2, 32, 2, 64),),
     ((32, 96),),
     ((64, 64, 256),),

@@ -11,7 +11,6 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.add_norm import add_norm, add_norm_reference
 from pallas_kernels.call_flops import visible_pairs
 from pallas_kernels.contest import ATTENTION, HALF, NATS, Contest, normal, wide, with_gradients
 from pallas_kernels.contest_sizes import Sizes
@@ -24,6 +23,7 @@ from pallas_kernels.head_scores import (
     head_scores,
     target_logits,
 )
+from pallas_kernels.norm_contests import layer_norm_contest, norm_contest
 from pallas_kernels.qk_rope import qk_rope, qk_rope_reference
 from pallas_kernels.symmetric import symmetric, symmetric_reference
 
@@ -88,37 +88,6 @@ def _attention(size, backward, interpret, documents=False, window=0):
         4 * B * T * K * (H + G) * (2 if backward else 1),
         documents,
         window,
-    )
-
-
-def _norm(size, interpret):
-    N, D = size
-    reference = lambda h, y, gain: add_norm_reference(h, y, gain, None, "rms", 1e-6)
-
-    def kernel(tiles):
-        del tiles
-        fused = lambda h, y, gain: add_norm(h, y, gain, None, "rms", 1e-6, interpret)
-        return with_gradients(fused, 3, 3)
-
-    def arrays(key):
-        h, y, ds, dn = normal(key, *[(N, D)] * 4)
-        return [h, y, jnp.ones(D), ds, dn]
-
-    def exact(h, y, *rest):  # starts from the rounded sum, as all implementations do
-        h, y, *rest = wide(h + y, jnp.zeros_like(y), *rest)
-        return with_gradients(reference, 3, 3)(h, y, *rest)
-
-    return Contest(
-        "norm",
-        f"norm both ways {N}x{D}",
-        (D,),
-        arrays,
-        kernel,
-        {"xla": with_gradients(reference, 3, 3)},
-        exact,
-        (HALF, HALF, HALF, HALF, NATS),
-        0,
-        16 * N * D,
     )
 
 
@@ -270,13 +239,16 @@ def build_contests(sizes: Sizes = Sizes(), interpret: bool = False) -> list[Cont
         for window in windows
         for backward in (directions if not window else (True,))
     ]
+    norms = [norm_contest(s, interpret) for s in sizes.norm]
+    of_layer_norm = {(D,) for _, D in sizes.layer_norm}
     return [
         *(_attention(s, backward, interpret) for s in sizes.attention for backward in directions),
         *(_attention(s, True, interpret, documents=True) for s in sizes.documents),
         *(contest._replace(shipped=False) for contest in longer),
         *(_head(s, interpret) for s in sizes.head),
         *(_square(s, interpret) for s in sizes.square),
-        *(_norm(s, interpret) for s in sizes.norm),
+        *(x._replace(in_table=x.shape not in of_layer_norm) for x in norms),
+        *(layer_norm_contest(s, interpret) for s in sizes.layer_norm),
         *(_gelu(s, interpret) for s in sizes.gelu),
         *(_qk_rope(s, interpret) for s in sizes.qk_rope),
     ]

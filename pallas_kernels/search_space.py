@@ -94,14 +94,22 @@ def _blocks(kernel):
             yield BlockTiles(rows, columns, warps, programs)
 
 
+def _parts_of_rows(kernel):
+    """Yields tiles of the norm's kernels for D=768, of one row or two for each of a row's warps."""
+    for columns, warps, more in itertools.product((256, 512, 1_024), (4, 8), (1, 2)):
+        rows = 256 * warps * more // columns
+        programs = 528 if kernel == "norm_backward" else 0
+        yield BlockTiles(rows, columns, warps, programs)
+
+
 # op -> ({body: function of a kernel's name that yields its tiles}, names of its kernels). The tiles
-# of norm and qk_rope follow from D and K, so there is nothing to search.
+# of qk_rope follow from K, so there is nothing to search.
 SPACES: dict[str, tuple[dict, tuple[str, ...]]] = {
     "attention": (
         {"triton": _attention, "mosaic": _mosaic_attention, "ampere": _ampere_attention},
         FlashAttentionTiles._fields,
     ),
-    "norm": ({}, ()),
+    "norm": ({"triton": _parts_of_rows}, ("norm", "norm_backward")),
     "qk_rope": ({}, ()),
     "gelu": ({"triton": _blocks}, tuple(GELU_TILES)),
     "head": ({"triton": _products, "mosaic": _mosaic_products}, ("head",)),

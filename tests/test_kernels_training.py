@@ -48,11 +48,13 @@ def test_losses_with_fused_kernels_equal_those_with_references():
 
 
 @pytest.mark.parametrize("sizes", [None, (1, 2, 2)], ids=["one device", "rows and F are split"])
-def test_a_gpt_2_with_the_fused_gelu_equals_one_with_xlas(sizes):
+@pytest.mark.parametrize("op", ["gelu", "norm"])
+def test_a_gpt_2_with_a_fused_op_equals_one_with_xlas(op, sizes):
+    """The norm's kernel adds the bias of attention's output; GELU's the one of its own input."""
     mesh = sizes and build_mesh(MeshConfig(*sizes), jax.devices()[:4])
     plain = choose_routes(GPT2, False, "cpu", False)
     interpreted = choose_routes(GPT2, False, "cpu", False, KernelsConfig(interpret=True))
-    models = [build_model(GPT2, plain | {"gelu": x["gelu"]}, mesh) for x in (plain, interpreted)]
+    models = [build_model(GPT2, plain | {op: x[op]}, mesh) for x in (plain, interpreted)]
     params = jax.tree.map(lambda x: x + 0.1, models[0].init(jax.random.key(0)))  # biases, too
     tokens = jax.random.randint(jax.random.key(1), (4, 12), 0, 96)
 

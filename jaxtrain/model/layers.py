@@ -91,13 +91,22 @@ class LayerOps:
         self.moves_attention_biases = is_gpu
 
     def add_norm(
-        self, norm: Norm | None, h_BTD: jax.Array, y_BTD: jax.Array | None = None
+        self,
+        norm: Norm | None,
+        h_BTD: jax.Array,
+        y_BTD: jax.Array | None = None,
+        y_bias_D: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Computes (h + y, its norm); without y, (h, its norm); without a norm, the sum twice."""
+        """Computes (h + y, its norm); without y, (h, its norm); without a norm, the sum twice.
+
+        Args:
+            y_bias_D: a bias that y lacks; only the kernel adds it.
+        """
         if self.fused_add_norm is not None:
             assert norm is not None and norm.gain is not None, "the kernel normalises with gains"
             bias_D = norm.bias[...] if norm.bias is not None else None
-            return self.fused_add_norm(h_BTD, y_BTD, norm.gain[...], bias_D)
+            return self.fused_add_norm(h_BTD, y_BTD, norm.gain[...], bias_D, y_bias_D)
+        assert y_bias_D is None, "the norm adds a bias only if it is a kernel"
         h_BTD = h_BTD if y_BTD is None else h_BTD + y_BTD
         return h_BTD, h_BTD if norm is None else norm(h_BTD, self.normalise)
 
@@ -136,19 +145,21 @@ class Linear(nnx.Module):
             self.b = param(cfg, Axes(parsed.stack, parsed.outputs))
         self.input_dims = len(parsed.inputs)
 
-    def __call__(
-        self,
-        x: jax.Array,
-        ops: LayerOps,
-        add_bias: bool = True,
-        extra_bias: jax.Array | float = 0.0,
-    ) -> jax.Array:
+    def own_bias(self) -> jax.Array | None:
+        """Returns the bias, of all outputs' dims, or None."""
+        return self.b[...] if self.has_bias else None
+
+    def __call__(self, x: jax.Array, ops: LayerOps, add_bias: bool = True) -> jax.Array:
+        return self.map_and_add(x, ops, self.own_bias() if add_bias else None)
+
+    def map_and_add(self, x: jax.Array, ops: LayerOps, bias: jax.Array | None) -> jax.Array:
+        """Maps x and adds a bias of all outputs' dims, or None."""
         w = self.w[...]
         inputs, outputs = w.shape[: self.input_dims], w.shape[self.input_dims :]
         assert inputs == x.shape[2:], f"{x.shape} does not end in {inputs}"
         x_BTI = x.reshape(*x.shape[:2], -1)
         w_IO = w.reshape(x_BTI.shape[-1], -1)
-        b_O = self.b[...].reshape(-1) + extra_bias if self.has_bias and add_bias else None
+        b_O = None if bias is None else bias.reshape(-1)
         return ops.dense(x_BTI, w_IO, b_O).reshape(*x.shape[:2], *outputs)
 
 
@@ -192,7 +203,8 @@ class Attention(nnx.Module):
         self.k = Linear(cfg, "L|D->GK", initial_std(cfg, "k"), bias)
         self.v = Linear(cfg, "L|D->GK", initial_std(cfg, "v"), bias)
         self.o = Linear(cfg, "L|HK->D", initial_std(cfg, "o"), cfg.attention_bias == "all")
-        self.softcap = cfg.attention_softcap
+        # so that a constant added to all scores of a query does not cancel
+        self.changes_scores = cfg.qk_norm or cfg.attention_softcap > 0
         # Source: https://arxiv.org/abs/2010.04245; over all heads: OLMo 2, arxiv.org/abs/2501.00656
         over_all = cfg.qk_norm_over == "all"
         build_norm = lambda axes: Norm(cfg, axes, "rms", cfg.qk_norm_gain) if cfg.qk_norm else None
@@ -200,28 +212,43 @@ class Attention(nnx.Module):
         self.k_norm = build_norm("L|GK" if over_all else "L|K")
 
     def __call__(
-        self, x_BTD: jax.Array, ops: LayerOps, rope: RopeTables | None, attend: Attend
+        self,
+        x_BTD: jax.Array,
+        ops: LayerOps,
+        rope: RopeTables | None,
+        attend: Attend,
+        add_bias: bool = True,
     ) -> tuple[jax.Array, Any]:
-        """Returns ([B,T,D], attend's extra result)."""
-        # Two biases need no pass over [B,T,G,K]. The keys' adds q.b to all scores of a query, which
-        # the softmax cancels. The values' is added to every output, as probabilities sum to one, so
-        # the output projection's bias can contain it.
-        moves = ops.moves_attention_biases
-        cancels = moves and rope is None and self.k_norm is None and not self.softcap
-        moves_v = moves and self.v.has_bias and self.o.has_bias
+        """Returns ([B,T,D], attend's extra result).
+
+        Args:
+            add_bias: whether the output contains output_bias.
+        """
+        cancels = ops.moves_attention_biases and rope is None and not self.changes_scores
         q, k = self.q(x_BTD, ops), self.k(x_BTD, ops, add_bias=not cancels)
-        v = self.v(x_BTD, ops, add_bias=not moves_v)
+        v = self.v(x_BTD, ops, add_bias=not self._moves_value_bias(ops))
         q = ops.norm_and_rotate(self.q_norm, q, rope)
         k = ops.norm_and_rotate(self.k_norm, k, rope)
         o_BTHK, extra = attend(q, k, v)
-        extra_bias = self._value_bias_after_output() if moves_v else 0.0
-        return self.o(o_BTHK, ops, extra_bias=extra_bias), extra
+        bias_D = self.output_bias(ops) if add_bias else None
+        return self.o.map_and_add(o_BTHK, ops, bias_D), extra
 
-    def _value_bias_after_output(self) -> jax.Array:
-        """Returns what the values' bias adds to each output, [D]."""
+    def _moves_value_bias(self, ops: LayerOps) -> bool:
+        return ops.moves_attention_biases and self.v.has_bias and self.o.has_bias
+
+    def output_bias(self, ops: LayerOps) -> jax.Array | None:
+        """Returns the bias of the output projection, [D], if it has one.
+
+        On a GPU it contains what the values' bias adds to each output: probabilities sum to one.
+        The keys' bias adds q.b to all scores of a query, which the softmax cancels. So neither
+        needs a pass over [B,T,G,K].
+        """
+        if not self._moves_value_bias(ops):
+            return self.o.own_bias()
         b_GK, w_HKD = self.v.b[...], self.o.w[...]
         b_HK = jnp.repeat(b_GK, len(w_HKD) // len(b_GK), 0)
-        return jnp.einsum("HK,HKD->D", b_HK, w_HKD.astype(b_HK.dtype), precision="highest")
+        moved_D = jnp.einsum("HK,HKD->D", b_HK, w_HKD.astype(b_HK.dtype), precision="highest")
+        return self.o.b[...] + moved_D
 
 
 class Mlp(nnx.Module):
@@ -268,10 +295,13 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """Returns ([B,T,D], attend's extra result)."""
         h_BTD, n_BTD = ops.add_norm(self.attention_norm, h_BTD)
-        y_BTD, extra = self.attention(n_BTD, ops, rope, attend)
+        # The kernel of the next norm adds the output's bias, and its backward sums the gradient.
+        norm_adds = ops.fused_add_norm is not None and self.attention_post_norm is None
+        bias_D = self.attention.output_bias(ops) if norm_adds else None
+        y_BTD, extra = self.attention(n_BTD, ops, rope, attend, add_bias=not norm_adds)
         if self.attention_post_norm is not None:
             y_BTD = self.attention_post_norm(y_BTD, ops.normalise)
-        h_BTD, n_BTD = ops.add_norm(self.mlp_norm, h_BTD, y_BTD)
+        h_BTD, n_BTD = ops.add_norm(self.mlp_norm, h_BTD, y_BTD, bias_D)
         y_BTD = self.mlp(n_BTD, ops)
         if self.mlp_post_norm is not None:
             y_BTD = self.mlp_post_norm(y_BTD, ops.normalise)

@@ -80,17 +80,19 @@ def map_heads(function: Callable, mesh: Mesh | None = None) -> Callable:
 
 
 def build_add_norm(route: Route, form: str, eps: float, mesh: Mesh | None = None) -> Callable:
-    """Builds add_norm(h_BTD, y_BTD or None, gain_D, bias_D or None) -> (h + y, its norm).
+    """Builds add_norm(h_BTD, y_BTD or None, gain_D, bias_D or None, y_bias_D or None).
+
+    It returns (h + y + y_bias, its norm).
 
     Args:
         form: "rms" or "layer".
     """
     from pallas_kernels.add_norm import add_norm
 
-    def on_device(h, y, gain, bias):
-        return add_norm(h, y, gain, bias, form, eps, route.is_interpreted)
+    def on_device(h, y, gain, bias, y_bias):
+        return add_norm(h, y, gain, bias, form, eps, route.is_interpreted, y_bias, route.tiles)
 
-    return _shard_map(on_device, mesh, (ROWS, ROWS, P(), P()), (ROWS, ROWS))
+    return _shard_map(on_device, mesh, (ROWS, ROWS, P(), P(), P()), (ROWS, ROWS))
 
 
 def build_qk_rope(route: Route, eps: float, mesh: Mesh | None = None) -> Callable:
