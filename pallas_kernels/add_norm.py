@@ -16,6 +16,7 @@ https://arxiv.org/abs/1607.06450
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,8 @@ class _Rows:
     Values are lists of parts [rows,columns] in float32. The last part may end in padding.
     """
 
-    def __init__(self, N: int, D: int, tiles: BlockTiles, interpret: bool, program=None):
+    def __init__(self, shape: Any, tiles: BlockTiles, interpret: bool, program: Any = 0):
+        N, D = shape
         self.N, self.D, self.rows, self.interpret = N, D, tiles.rows, interpret
         self.columns = min(tiles.columns, pl.next_power_of_2(D))
         self.parts = pl.cdiv(D, self.columns)
@@ -133,7 +135,7 @@ class _Rows:
 
 def _forward_kernel(*refs, names, tiles, form, eps, interpret):
     ref = dict(zip(names, refs, strict=True))
-    rows = _Rows(*ref["h"].shape, tiles, interpret, pl.program_id(0))
+    rows = _Rows(ref["h"].shape, tiles, interpret, pl.program_id(0))
     vectors = {name: rows.read_vector(ref[name]) for name in VECTORS if name in ref}
 
     def compute_block(step, carry):
@@ -165,7 +167,7 @@ def _backward_kernel(
     With c = s - mean(s), unit = c * rstd and g = dn * gain, the gradient of the norm is
     rstd * (g - mean(g) - unit * mean(g * unit)); RMS norm has no mean(s) and no mean(g).
     """
-    rows = _Rows(*s_ref.shape, tiles, interpret, pl.program_id(0))
+    rows = _Rows(s_ref.shape, tiles, interpret, pl.program_id(0))
 
     def compute_block(step, sums):
         place = rows.locate(step)
@@ -251,7 +253,7 @@ def _forward(h_XD, y_XD, gain_D, bias_D, y_bias_D, static):
             _forward_kernel, names=names, tiles=tiles, form=form, eps=eps, interpret=interpret
         ),
         name="add_norm_forward",
-        grid=(_Rows(*given["h"].shape, tiles, interpret).programs,),
+        grid=(_Rows(given["h"].shape, tiles, interpret).programs,),
         out_shape=[triton.like(given["h"])] * (1 + adds),
         warps=tiles.warps,
         interpret=interpret,
@@ -267,7 +269,7 @@ def _backward(static, residuals, cotangents):
     names = "gain", *["bias"] * biased, *["y_bias"] * y_biased
     D = s_XD.shape[-1]
     ds_ND, dn_ND, s_ND, gain_1D = (x.reshape(-1, D) for x in (*cotangents, s_XD, gain_D))
-    programs = _Rows(*s_ND.shape, tiles, interpret).programs
+    programs = _Rows(s_ND.shape, tiles, interpret).programs
     dx_ND, partial_CPD = triton.call(
         functools.partial(
             _backward_kernel, names=names, tiles=tiles, form=form, eps=eps, interpret=interpret

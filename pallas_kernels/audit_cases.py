@@ -93,7 +93,7 @@ def _norm_case(backward, N, D, floor):
         given = x, x, vector, vector, vector
         if not backward:
             return add_layer_norm, given
-        gradients = lambda *args: jax.vjp(add_layer_norm, *args[:5])[1](args[5:])
+        gradients = lambda *args: jax.vjp(add_layer_norm, *args[:5])[1](tuple(args[5:]))
         return gradients, (*given, x, x)
 
     direction, kernel = ("backward", "norm_backward") if backward else ("forward", "norm")

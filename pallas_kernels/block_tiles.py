@@ -1,6 +1,7 @@
 """Sizes of the blocks of the kernels that memory bandwidth limits: GELU's and the norm's.
 
-Those of the norm were chosen without a GPU, like those of tiles.py. This file does not import Pallas.
+Those of the norm were chosen without a GPU, like those of tiles.py. This file does not import
+Pallas.
 """
 
 from typing import NamedTuple

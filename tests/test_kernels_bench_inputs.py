@@ -144,11 +144,12 @@ ROW = {"op": "norm", "shape": [768], "jax": "0.11.2", "documents": False, "date"
 
 
 def test_saving_some_contests_keeps_the_rows_of_the_others():
-    names = ("norm", "norm 2", "square")
+    names = ("norm", "norm 2", "square", "norm 3")
     contests = [
         CONTESTS[NORM]._replace(op=name.split()[0], name=name, shape=(size,))
-        for name, size in zip(names, (768, 1_024, 768), strict=True)
+        for name, size in zip(names, (768, 1_024, 768, 2_048), strict=True)
     ]
+    contests[-1] = contests[-1]._replace(in_table=False)  # measured, but adds no row
     old = [
         ROW,  # measured again
         ROW | {"jax": "0.10.2"},
@@ -160,6 +161,7 @@ def test_saving_some_contests_keeps_the_rows_of_the_others():
     right = {"contestants": {"triton": timed(1.0, tiles=None), "xla": timed(2.0)}, "done": True}
     wrong = {"contestants": {"triton": "wrong", "xla": timed(2.0)}, "done": True}
     results = {"chip": "h100", "jax": "0.11.7", "contests": {"norm": right, "norm 2": wrong}}
+    results["contests"]["norm 3"] = right
     results |= {"command": ["python"], "date": "2026-02-02"}
     rows = merge_rows(old, contests, results)
     assert rows[:-1] == [old[1], *old[3:]]

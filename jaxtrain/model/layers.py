@@ -296,11 +296,12 @@ class Block(nnx.Module):
         """Returns ([B,T,D], attend's extra result)."""
         h_BTD, n_BTD = ops.add_norm(self.attention_norm, h_BTD)
         # The kernel of the next norm adds the output's bias, and its backward sums the gradient.
-        norm_adds = ops.fused_add_norm is not None and self.attention_post_norm is None
+        post_norm = self.attention_post_norm
+        norm_adds = ops.fused_add_norm is not None and post_norm is None
         bias_D = self.attention.output_bias(ops) if norm_adds else None
         y_BTD, extra = self.attention(n_BTD, ops, rope, attend, add_bias=not norm_adds)
-        if self.attention_post_norm is not None:
-            y_BTD = self.attention_post_norm(y_BTD, ops.normalise)
+        if post_norm is not None:
+            y_BTD = post_norm(y_BTD, ops.normalise)
         h_BTD, n_BTD = ops.add_norm(self.mlp_norm, h_BTD, y_BTD, bias_D)
         y_BTD = self.mlp(n_BTD, ops)
         if self.mlp_post_norm is not None:
