@@ -9,8 +9,8 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 import configs
 from jaxtrain.config import train_config as config_lib
+from jaxtrain.model.layer_parts import letter_sizes
 from jaxtrain.model.layer_scan import CUDNN_FORWARD
-from jaxtrain.model.layers import letter_sizes
 from jaxtrain.model.transformer import build_model, count_params
 from jaxtrain.ops.precision import resolve_dtype
 from jaxtrain.ops.routes import choose_routes

@@ -4,7 +4,7 @@ import pytest
 
 from jaxtrain.config.train_config import ModelConfig
 from jaxtrain.metrics.flops import forward_flops, matrix_weights, training_flops
-from jaxtrain.model.layers import letter_sizes
+from jaxtrain.model.layer_parts import letter_sizes
 from jaxtrain.model.transformer import build_model, count_params
 from jaxtrain.ops.routes import choose_routes
 

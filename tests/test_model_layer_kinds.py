@@ -14,8 +14,8 @@ from jaxtrain.distributed.mesh import build_mesh
 from jaxtrain.metrics.flops import forward_flops
 from jaxtrain.model.attention import ATTENTION, Scoring
 from jaxtrain.model.layer_kinds import kinds_by_layer, layer_kinds
+from jaxtrain.model.layer_parts import LayerOps
 from jaxtrain.model.layer_scan import scan_layers
-from jaxtrain.model.layers import LayerOps
 from jaxtrain.model.rope import rope_tables
 from jaxtrain.model.transformer import build_model
 from jaxtrain.ops.routes import choose_routes

@@ -12,7 +12,8 @@ from jaxtrain.config.train_config import MeshConfig, ModelConfig
 from jaxtrain.distributed.mesh import build_mesh, param_sharding
 from jaxtrain.model.attention import ATTENTION, CUDNN_FORWARD, attention_reference
 from jaxtrain.model.dense import DENSE, dense_plain
-from jaxtrain.model.layers import LayerOps, look_up_embedding
+from jaxtrain.model.layer_parts import LayerOps
+from jaxtrain.model.layers import look_up_embedding
 from jaxtrain.model.transformer import build_model
 from jaxtrain.ops.routes import choose_routes
 from jaxtrain.training.batch_arrays import target_weights

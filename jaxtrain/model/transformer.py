@@ -21,8 +21,9 @@ from jaxtrain.model.attention import attend, attend_cached
 from jaxtrain.model.dense import wide_dtype
 from jaxtrain.model.initialization import build_init
 from jaxtrain.model.layer_kinds import layer_kinds
+from jaxtrain.model.layer_parts import LayerOps
 from jaxtrain.model.layer_scan import scan_layers
-from jaxtrain.model.layers import LayerOps, Transformer, look_up_embedding
+from jaxtrain.model.layers import Transformer, look_up_embedding
 from jaxtrain.model.logits import cap_logits
 from jaxtrain.model.rope import rope_tables
 from jaxtrain.model.trees import ArrayTree, AxesTree, param_tree

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxtrain.config.model_section import ModelConfig
 from jaxtrain.config.train_config import TrainConfig, freeze, to_dict
-from jaxtrain.model.layers import letter_sizes
+from jaxtrain.model.layer_parts import letter_sizes
 from jaxtrain.model.transformer import build_model, count_params
 from jaxtrain.ops.routes import choose_routes
 

@@ -13,7 +13,7 @@ from jaxtrain.checkpoint.manager import Checkpoints
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.distributed.mesh import build_mesh, check_batch
 from jaxtrain.distributed.runtime import start_runtime
-from jaxtrain.model.layers import letter_sizes
+from jaxtrain.model.layer_parts import letter_sizes
 from jaxtrain.model.loss import build_loss
 from jaxtrain.model.transformer import Model, build_model, count_params
 from jaxtrain.ops import tuning
