@@ -15,12 +15,12 @@ def get_config():
     config.keep_every = 2_500
     config.model.update(V=50_304, norm="layer", norm_eps=1e-5, bias=True, tied=True)
     config.model.update(position="learned", positions=1_024, mlp="gelu")
-    # In a scan, storing activations costs GPUs more than recomputing them, since the scan copies
-    # what it stores. Each chunk of the loss adds to a gradient as large as the head.
-    # jaxtrain.plan's bounds at 124M, scanned (2026-11-25, not measured): on an A40 66,000 tokens/s
-    # without recomputation, 87,000 with chunks of 64 MiB and 97,000 with these settings; on an H100
-    # 1 % more than with chunks of 256 MiB.
-    config.model.remat = "attention"
+    # Nothing is recomputed where the device's memory allows that; the layers are then unrolled, as
+    # a scan copies what it stores. docs/speed_log.md has the bounds.
+    config.model.remat = "auto"
+    # Each chunk of the loss adds to a gradient as large as the head. By jaxtrain.plan's bounds at
+    # 124M, scanned with remat=attention (2026-11-25, not measured), 64 MiB cost 10 % on an A40, and
+    # 256 MiB 1 % on an H100.
     config.loss.chunk_bytes = 512 << 20
     config.data.update(batch=512, seq_len=1_024, tokenizer="gpt2")
     config.optim.update(learning_rate=0.02, adam_learning_rate=6e-4, weight_decay=0.1)

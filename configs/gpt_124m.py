@@ -10,7 +10,5 @@ def get_config():
     config = gpt2.get_config()
     config.workdir = "runs/gpt_124m"
     config.model.update(L=12, D=768, H=12, G=12, K=64, F=3_072)
-    # Nothing is recomputed, so the 12 layers are not scanned: see docs/speed_log.md.
-    config.model.remat = "none"
     config.accumulation = 16
     return config

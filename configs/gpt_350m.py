@@ -10,7 +10,5 @@ def get_config():
     config = gpt2.get_config()
     config.workdir = "runs/gpt_350m"
     config.model.update(L=24, D=1_024, H=16, G=16, K=64, F=4_096)
-    # Nothing is recomputed, so the 24 layers are not scanned: see docs/speed_log.md.
-    config.model.remat = "none"
     config.accumulation = 32
     return config

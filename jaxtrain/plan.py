@@ -47,13 +47,19 @@ from jaxtrain.config.command_line import CommandForm  # noqa: E402
 from jaxtrain.config.train_config import TrainConfig  # noqa: E402
 from jaxtrain.distributed.program import run_main  # noqa: E402
 from jaxtrain.ops.precision import resolve_dtype_for_chip  # noqa: E402
-from jaxtrain.planning import memory_formula, render, search  # noqa: E402
+from jaxtrain.planning import render, search  # noqa: E402
 from jaxtrain.planning.calibration import read_calibration  # noqa: E402
 from jaxtrain.planning.chip_comparison import compare_chips, print_shipped_configs  # noqa: E402
 from jaxtrain.planning.compiled import compile_plan  # noqa: E402
-from jaxtrain.planning.hardware import Hardware, build_hardware  # noqa: E402
+from jaxtrain.planning.hardware import (  # noqa: E402
+    Hardware,
+    build_hardware,
+    resolve_for,
+    resolve_remat_for,
+)
 from jaxtrain.planning.mixture import mixture_text, plan_mixture  # noqa: E402
 from jaxtrain.planning.sites import plan_sites  # noqa: E402
+from jaxtrain.training import memory_formula  # noqa: E402
 from jaxtrain.training.programs import size_config  # noqa: E402
 from pallas_kernels.chip import find_chip  # noqa: E402
 
@@ -70,7 +76,7 @@ def variants_to_try(cfg: TrainConfig, args: flags.FlagValues) -> list[dict[str, 
 
 def smallest_change(cfg: TrainConfig, hardware: Hardware, cache: str) -> str:
     """Returns flags that make a config fit: more micro-batches, then more remat; "" if none do."""
-    choices = search.accumulations(cfg, hardware.devices)
+    choices, cfg = search.accumulations(cfg, hardware.devices), resolve_for(cfg, hardware)
     for remat in search.stronger_remats(cfg):
         likely = [n for n in choices if search.fits_by_formula(cfg, hardware, n, remat)]
         for count in likely or choices[-1:]:
@@ -115,12 +121,14 @@ def _mixture_figures(cfg: TrainConfig) -> dict[str, dict]:
 
 def print_estimate(cfg: TrainConfig, hardware: Hardware, args: flags.FlagValues) -> int:
     """Prints the memory by formula; returns the exit status."""
+    cfg, reason = resolve_remat_for(cfg, hardware)
     estimate = memory_formula.estimate_memory(cfg, hardware.devices)
     fits = estimate.peak <= hardware.usable_bytes
     sizes, mixture = estimate._asdict() | {"peak": estimate.peak}, _mixture_figures(cfg)
     if args.json:
-        print(json.dumps(sizes | {"fits": fits} | mixture))
+        print(json.dumps(sizes | {"fits": fits, "remat": cfg.model.remat} | mixture))
     else:
+        print(f"remat {cfg.model.remat}" + (f", {reason}" if reason else ""))
         print(render.memory_table(sizes | {"usable": hardware.usable_bytes}))
         print(
             f"{'Fits' if fits else 'Does not fit'}, by formula: right to "

@@ -1,5 +1,6 @@
 """The order in which the suite for GPUs measures its rows, with fake children on a fake H100."""
 
+import dataclasses
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -128,7 +129,10 @@ def test_the_stored_rows_have_only_the_newest_ratio_of_a_case(tmp_path, monkeypa
 
 
 def test_more_unrolled_layers_are_expected_to_take_longer_to_compile():
-    guess = lambda size: guess_seconds(
-        "jaxtrain", job_config(BenchJob("train", size)).model, "h100", 8.0
-    )
-    assert guess("gpt_774m") < guess("gpt_124m") < guess("gpt_350m")  # the first is a scan
+    def guess(size, remat="auto"):
+        model = job_config(BenchJob("train", size)).model
+        model = dataclasses.replace(model, remat=remat)
+        return guess_seconds("jaxtrain", model, "h100", 8.0)
+
+    scanned = guess("gpt_774m", "attention")
+    assert scanned < guess("gpt_124m") < guess("gpt_350m") < guess("gpt_774m")

@@ -12,8 +12,8 @@ from jaxtrain.config.train_config import TrainConfig, freeze
 from jaxtrain.distributed import memory
 from jaxtrain.distributed.runtime import start_runtime
 from jaxtrain.planning.hardware import build_hardware
-from jaxtrain.planning.memory_formula import estimate_memory
 from jaxtrain.planning.search import fits_by_formula
+from jaxtrain.training.memory_formula import estimate_memory
 from pallas_kernels.chip import find_chip
 from pallas_kernels.quiet import has_gpu
 

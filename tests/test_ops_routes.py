@@ -124,9 +124,9 @@ def test_shallow_models_that_store_everything_are_unrolled_on_gpus():
         return routes["layers"].implementation
 
     assert unroll(L=12) == "unroll=12"
-    assert unroll(L=24) == "unroll=24"
-    assert unroll(L=12, remat="attention") == unroll(L=25) == "unroll=1"
-    assert unroll(L=26, unroll=26) == "unroll=26"
+    assert unroll(L=48) == "unroll=48"
+    assert unroll(L=12, remat="attention") == unroll(L=49) == "unroll=1"
+    assert unroll(L=50, unroll=50) == "unroll=50"
 
 
 def test_gpus_read_the_logits_once_where_no_kernel_computes_them():

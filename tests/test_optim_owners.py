@@ -18,7 +18,7 @@ from jaxtrain.optim.build import build_optimizer, state_shardings
 from jaxtrain.optim.owners import ownership
 from jaxtrain.optim.preconditioner_cost import owner_imbalance, preconditioner_flops
 from jaxtrain.optim.soap import scale_by_soap
-from jaxtrain.planning.memory_formula import estimate_memory
+from jaxtrain.training.memory_formula import estimate_memory
 
 # Factors of square matrices have full rank in the first step, and so one eigenbasis. With one
 # key/value head, `tensor` does not split wk: devices along it have copies. `single` has no stack.

@@ -7,7 +7,7 @@ import sys
 import pytest
 import xla_flags
 
-from jaxtrain.planning.memory_formula import ABSOLUTE_ERROR_BYTES, RELATIVE_ERROR
+from jaxtrain.training.memory_formula import ABSOLUTE_ERROR_BYTES, RELATIVE_ERROR
 
 pytest.importorskip("cramjam", reason='cramjam is missing: pip install "jaxtrain[offline]"')
 pytest.importorskip("jax_cuda12_plugin", reason="the compiler for GPUs is missing: offline")
@@ -22,7 +22,7 @@ from configs import llama_135m
 from jaxtrain.config.train_config import freeze
 from jaxtrain.planning.compiled import _build_run, compile_plan, with_model
 from jaxtrain.planning.hardware import build_hardware
-from jaxtrain.planning.memory_formula import estimate_memory
+from jaxtrain.training.memory_formula import estimate_memory
 from jaxtrain.training.step import build_gradient
 from pallas_kernels.chip import find_chip
 from pallas_kernels.hlo import Program, bytes_of

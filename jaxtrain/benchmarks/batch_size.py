@@ -1,15 +1,18 @@
 """Chooses the tokens of a step and the micro-batch size for the GPU suite."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.metrics.flops import training_flops
-from jaxtrain.planning.memory_formula import estimate_memory
+from jaxtrain.training.memory_formula import estimate_memory
+from jaxtrain.training.remat import AUTO, choose_remat, with_remat
 
 STEP_S, LEAST_TOKENS = 1.5, 16_384  # steps are shortened to STEP_S, but not below LEAST_TOKENS
 LIKELY_MFU = 0.35
+WORTHWHILE_TOKENS = 8_192  # smaller micro-batches cost more than recomputation does
 
 
 def fitting_batch(cfg: TrainConfig, flops_per_s: float) -> int:
@@ -28,25 +31,44 @@ def fitting_batch(cfg: TrainConfig, flops_per_s: float) -> int:
 
 def like_torch(cfg: TrainConfig) -> TrainConfig:
     """Returns a config that takes about PyTorch's memory by formula: no remat, unchunked logits."""
-    model = dataclasses.replace(cfg.model, remat="none")
     loss = dataclasses.replace(cfg.loss, chunk_bytes=2**40)
-    return dataclasses.replace(cfg, model=model, loss=loss)
+    return dataclasses.replace(with_remat(cfg, "none"), loss=loss)
+
+
+def with_rows(cfg: TrainConfig, rows: int, usable_bytes: int) -> TrainConfig:
+    """Returns cfg with so many rows in a micro-batch, and the remat that a run then chooses.
+
+    Args:
+        usable_bytes: of the device; 0 sets no limit.
+    """
+    cfg = dataclasses.replace(cfg, accumulation=cfg.data.batch // rows)
+    if cfg.model.remat != AUTO:
+        return cfg
+    return choose_remat(cfg, 1, usable_bytes)[0] if usable_bytes else with_remat(cfg, "none")
 
 
 def first_rows(cfg: TrainConfig, usable_bytes: int, tokens: int) -> int:
     """Returns the rows of a micro-batch: the largest power of two that fits by formula.
 
+    With model.remat=auto, the largest that recomputes nothing is preferred, if it has at least
+    WORTHWHILE_TOKENS.
+
     Args:
         usable_bytes: 0 sets no limit.
         tokens: the most tokens of a micro-batch.
     """
-    rows = 1
-    while 2 * rows <= min(cfg.data.batch, max(tokens // cfg.data.seq_len, 1)):
-        larger = dataclasses.replace(cfg, accumulation=cfg.data.batch // (2 * rows))
-        if usable_bytes and estimate_memory(larger, 1).peak > usable_bytes:
-            break
-        rows *= 2
-    return rows
+    most = min(cfg.data.batch, max(tokens // cfg.data.seq_len, 1))
+    choices = [2**i for i in range(most.bit_length())]
+    if cfg.model.remat == AUTO:
+        for rows in reversed(choices):
+            enough = rows * cfg.data.seq_len >= WORTHWHILE_TOKENS
+            if enough and with_rows(cfg, rows, usable_bytes).model.remat == "none":
+                return rows
+    for rows, larger in itertools.pairwise(choices):
+        setting = with_rows(cfg, larger, usable_bytes)
+        if usable_bytes and estimate_memory(setting, 1).peak > usable_bytes:
+            return rows
+    return choices[-1]
 
 
 def halve_until_it_fits(

@@ -26,6 +26,7 @@ from jaxtrain.benchmarks.batch_size import (
     fitting_batch,
     halve_until_it_fits,
     like_torch,
+    with_rows,
 )
 from jaxtrain.benchmarks.child import BenchJob, job_config, run_child
 from jaxtrain.benchmarks.gpu_items import (
@@ -41,7 +42,7 @@ from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.distributed import memory
 from jaxtrain.metrics.flops import training_flops
 from jaxtrain.ops import tuning
-from jaxtrain.planning.memory_formula import estimate_memory
+from jaxtrain.training.memory_formula import estimate_memory
 from pallas_kernels.chip import Chip, chip_of_kind
 from pallas_kernels.quiet import has_gpu
 
@@ -86,6 +87,13 @@ class GpuSuite:
     @property
     def chip_name(self) -> str:
         return self.chip.name if self.chip else ""
+
+    @property
+    def _usable_bytes(self) -> int:
+        """The limit from which a child's model.remat=auto chooses; 0 if there is none."""
+        if self.chip:
+            return memory.usable_bytes(self.chip.hbm_bytes)
+        return self._device.get("bytes_limit", 0)
 
     def _run_child(self, variant: str, job: BenchJob) -> dict[str, Any]:
         # torch gets a new cache for each run of the suite, as JAX does: in its usual cache it
@@ -180,7 +188,7 @@ class GpuSuite:
             shutil.rmtree(self._cache(item), ignore_errors=True)
             name = "micro_batch_tokens"
             tokens: Any = tuning.hint(self.chip_name, name, DEFAULT_MICRO_BATCH_TOKENS)
-            rows = args.rows or first_rows(memory_cfg, job.usable_bytes, tokens)
+            rows = args.rows or first_rows(memory_cfg, self._usable_bytes, tokens)
         start_s = time.monotonic()
         attempt = lambda rows: self._run_child(item.variant, dataclasses.replace(job, rows=rows))
         result, rows = halve_until_it_fits(attempt, rows // 2 if item.half else rows)
@@ -201,7 +209,7 @@ class GpuSuite:
         row |= {"variant": item.variant, "what": item.what, "rows": rows, **result}
         row |= {"half": True} if item.half else {}
         if rows:
-            cfg = dataclasses.replace(memory_cfg, accumulation=memory_cfg.data.batch // rows)
+            cfg = with_rows(memory_cfg, rows, self._usable_bytes)
             row["formula_bytes"] = estimate_memory(cfg, 1).peak
         if "step_s" in result:
             row |= step_shares(result)

@@ -25,6 +25,7 @@ from jaxtrain.ops.precision import resolve_dtype_for_chip
 from jaxtrain.planning.calibration import fit_calibration
 from jaxtrain.planning.hardware import build_hardware
 from jaxtrain.planning.search import compiled_figures
+from jaxtrain.training.remat import with_remat
 from pallas_kernels.arguments import Parser, positive
 from pallas_kernels.chip import Chip, chip_of_kind, find_chip
 
@@ -63,6 +64,7 @@ def compare_step(row: Row, chip: Chip, cache: Path) -> Row:
     batch = row["tokens_per_step"] // cfg.data.seq_len
     data = dataclasses.replace(cfg.data, batch=batch)
     cfg = dataclasses.replace(cfg, data=data, accumulation=batch // row["rows"], compile_cache="")
+    cfg = with_remat(cfg, row.get("routes", {}).get("remat", cfg.model.remat))
     hardware = build_hardware(chip, 1, 1, "", "ethernet10")
     figures = compiled_figures(resolve_dtype_for_chip(cfg, chip), hardware, str(cache))
     return {

@@ -139,8 +139,9 @@ class ModelConfig(Section):
     remat: str = knob(
         "none",
         "activations to recompute in the backward pass instead of storing them: none, all but "
-        "results of products and attention (dots), all but attention's, or all of a layer (full)",
-        choices=("none", "dots", "attention", "full"),
+        "results of products and attention (dots), all but attention's, or all of a layer (full); "
+        "auto is the first of none, attention and full that fits the device's memory",
+        choices=("auto", "none", "dots", "attention", "full"),
     )
 
     def __post_init__(self):

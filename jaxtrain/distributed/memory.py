@@ -15,6 +15,11 @@ def environment() -> dict[str, str]:
     return {VARIABLES[0]: str(DEFAULT_FRACTION)}
 
 
+def usable_bytes(hbm_bytes: int) -> int:
+    """Returns how many of a device's bytes training may allocate."""
+    return int(fraction() * hbm_bytes)
+
+
 def fraction() -> float:
     """Returns the fraction that the user has set, or else DEFAULT_FRACTION.
 

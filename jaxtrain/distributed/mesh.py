@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -31,6 +30,23 @@ def platform() -> str:
     return getattr(default_device, "platform", None) or jax.default_backend()
 
 
+def mesh_sizes(cfg: MeshConfig, devices: int) -> tuple[int, ...]:
+    """Returns the sizes of the axes in AXES for a number of devices.
+
+    Raises:
+        ValueError: they do not multiply to the number of devices.
+    """
+    sizes = cfg.replica, cfg.fsdp, cfg.tensor
+    known = math.prod(size for size in sizes if size != -1)
+    sizes = tuple(devices // known if size == -1 else size for size in sizes)
+    if math.prod(sizes) != devices:
+        raise ValueError(
+            f"mesh.replica x mesh.fsdp x mesh.tensor must equal the device count, {devices}; "
+            f"got replica={cfg.replica} fsdp={cfg.fsdp} tensor={cfg.tensor}. Set one of them to -1."
+        )
+    return sizes
+
+
 def build_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Builds the mesh over `devices`; by default those of all processes.
 
@@ -38,14 +54,7 @@ def build_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         ValueError: the axis sizes do not multiply to the number of devices.
     """
     devices = devices or jax.devices()
-    sizes = [cfg.replica, cfg.fsdp, cfg.tensor]
-    known = int(np.prod([size for size in sizes if size != -1]))
-    sizes = [len(devices) // known if size == -1 else size for size in sizes]
-    if np.prod(sizes) != len(devices):
-        raise ValueError(
-            f"mesh.replica x mesh.fsdp x mesh.tensor must equal the device count, {len(devices)}; "
-            f"got replica={cfg.replica} fsdp={cfg.fsdp} tensor={cfg.tensor}. Set one of them to -1."
-        )
+    sizes = mesh_sizes(cfg, len(devices))
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 

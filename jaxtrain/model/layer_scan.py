@@ -26,7 +26,10 @@ REMAT = {
     "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, _attention),
     "attention": _attention,
     "full": policies.nothing_saveable,  # only what enters each layer
-}  # with "none" jax.checkpoint is not called, and everything is saved
+}
+# jax.checkpoint is not called, and everything is saved. A run resolves "auto" (training/remat.py);
+# a model that is built without one has no limit to fit.
+SAVE_ALL = ("none", "auto")
 
 
 def scan_layers(
@@ -54,7 +57,7 @@ def scan_layers(
 
     def body_of(kind, in_loop):
         one_layer = functools.partial(body, kind)
-        if remat == "none":
+        if remat in SAVE_ALL:
             return one_layer
         # Forward and backward are separate loops, so XLA cannot merge the recomputation with
         # the original: the barriers that prevent_cse adds are not needed there.

@@ -7,8 +7,7 @@ from absl.flags import FlagValues
 
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.config.train_config import TrainConfig
-from jaxtrain.ops.precision import resolve_dtype_for_chip
-from jaxtrain.planning.hardware import Hardware, build_hardware
+from jaxtrain.planning.hardware import Hardware, build_hardware, resolve_for
 from jaxtrain.planning.render import GIB
 from jaxtrain.planning.search import SETTING_COLUMNS, Figures, search_hardware, stronger_remats
 from jaxtrain.reporting.table import format_table
@@ -38,7 +37,7 @@ def compare_chips(cfg: TrainConfig, args: FlagValues) -> int:
     prices, rows = parse_prices(args.price), []
     for chip in map(find_chip, args.compare):
         hardware = build_hardware(chip, args.gpus, args.hosts, args.link, args.host_link)
-        rows.append(search_hardware(resolve_dtype_for_chip(cfg, chip), hardware, args.cache)[0])
+        rows.append(search_hardware(resolve_for(cfg, hardware), hardware, args.cache)[0])
     first_rate, first_chip = rows[0]["tokens_per_s"], find_chip(rows[0]["chip"])
 
     def price(figures: Figures) -> str:
@@ -74,7 +73,7 @@ def compare_chips(cfg: TrainConfig, args: FlagValues) -> int:
 
 def _setting_with_own_remat(cfg: TrainConfig, hardware: Hardware, cache: str) -> Figures:
     """Returns the fastest setting with the config's remat or, if none fits, the next stronger."""
-    figures = {}
+    figures, cfg = {}, resolve_for(cfg, hardware)
     for remat in stronger_remats(cfg):
         figures = search_hardware(cfg, hardware, cache, remats=(remat,))[0]
         if figures["fits"]:

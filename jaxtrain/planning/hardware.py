@@ -3,8 +3,11 @@
 import re
 from typing import NamedTuple
 
+from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.distributed import memory
 from jaxtrain.metrics.hlo_collectives import Collective
+from jaxtrain.ops.precision import resolve_dtype_for_chip
+from jaxtrain.training.remat import AUTO, choose_remat
 from pallas_kernels.chip import Chip
 
 
@@ -52,7 +55,7 @@ class Hardware(NamedTuple):
     @property
     def usable_bytes(self) -> int:
         """Returns the memory of one device that training may allocate."""
-        return int(memory.fraction() * self.chip.hbm_bytes)
+        return memory.usable_bytes(self.chip.hbm_bytes)
 
 
 def parse_link(text: str, chip: Chip) -> Link:
@@ -94,3 +97,15 @@ def collective_seconds(collective: Collective, hardware: Hardware) -> float:
     rounds = {"all-reduce": 2 * (collective.size - 1), "collective-permute": 1}
     messages = rounds.get(collective.kind, collective.size - 1) * collective.times
     return collective.wire_bytes / link.bytes_per_s + messages * link.latency_s
+
+
+def resolve_remat_for(cfg: TrainConfig, hardware: Hardware) -> tuple[TrainConfig, str]:
+    """Returns (cfg with model.remat=auto replaced as a run would, the reason; "" if not auto)."""
+    if cfg.model.remat != AUTO:
+        return cfg, ""
+    return choose_remat(cfg, hardware.devices, hardware.usable_bytes)
+
+
+def resolve_for(cfg: TrainConfig, hardware: Hardware) -> TrainConfig:
+    """Returns cfg with model.dtype=auto and model.remat=auto replaced as a run would."""
+    return resolve_remat_for(resolve_dtype_for_chip(cfg, hardware.chip), hardware)[0]

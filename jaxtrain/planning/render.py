@@ -36,7 +36,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "tokens_per_step": plan.tokens,
         "batch": cfg.data.batch,
         "accumulation": cfg.accumulation,
-        "remat": cfg.model.remat,
+        "remat": plan.run.remat,
         "unroll": cfg.model.unroll,
         "seq_len": cfg.data.seq_len,
         "replica": mesh["replica"],
@@ -121,7 +121,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield (
         f"{hardware.devices} x {hardware.chip.kind}{hosts}; {plan.run.parameters:,} parameters; "
         f"batch {cfg.data.batch} x {cfg.data.seq_len} in {cfg.accumulation} micro-batches; remat "
-        f"{cfg.model.remat}; compiled in {plan.compile_s:.0f} s"
+        f"{plan.run.remat}; compiled in {plan.compile_s:.0f} s"
     )
     yield from (f"  {route}" for route in plan.run.routes.values())
     yield from (f"  note: {note}" for note in plan.notes)

@@ -18,16 +18,14 @@ from jaxtrain.config.train_config import TrainConfig, config_hash
 from jaxtrain.distributed import memory
 from jaxtrain.files import write_atomic
 from jaxtrain.planning.compiled import compile_plan, with_model
-from jaxtrain.planning.hardware import Hardware
-from jaxtrain.planning.memory_formula import estimate_memory
+from jaxtrain.planning.hardware import Hardware, resolve_remat_for
 from jaxtrain.planning.render import GIB, plan_dict
 from jaxtrain.reporting.table import format_table
+from jaxtrain.training.memory_formula import estimate_memory
+from jaxtrain.training.remat import TIGHT
 
-CACHE_VERSION = 4  # figures of other versions are computed again
+CACHE_VERSION = 5  # figures of other versions are computed again
 REMATS = ("none", "dots", "attention", "full")  # from the least recomputation to the most
-# Above this share of the usable memory XLA recomputes, unasked, to save memory: gpt_1558m
-# on an A40 is 17 % slower in 16 micro-batches, which take a share of 0.89, than in 32.
-TIGHT = 0.8
 # Micro-batches of more tokens are not tried: doubling these improves gpt_124m's bound by under 3 %.
 ENOUGH_TOKENS = 32_768
 
@@ -36,6 +34,7 @@ Figures = dict[str, Any]  # as plan_dict returns them
 
 def compiled_figures(cfg: TrainConfig, hardware: Hardware, cache: str = "") -> Figures:
     """Returns plan_dict of a compiled plan; reads it from the folder `cache` if it is there."""
+    cfg = resolve_remat_for(cfg, hardware)[0]  # a later formula may choose differently
     chip, gpus, hosts, *links = hardware
     key = [CACHE_VERSION, config_hash(cfg), chip.name, gpus, hosts, links, memory.fraction()]
     text = json.dumps([*key, jax.__version__])
@@ -114,7 +113,7 @@ def accumulations(cfg: TrainConfig, devices: int) -> list[int]:
 
 
 def stronger_remats(cfg: TrainConfig) -> tuple[str, ...]:
-    """Returns the config's remat and all that recompute more."""
+    """Returns the config's remat, which must not be "auto", and all that recompute more."""
     return REMATS[REMATS.index(cfg.model.remat) :]
 
 

@@ -13,9 +13,8 @@ from absl.flags import FlagValues
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.model.transformer import build_model
 from jaxtrain.model.trees import named_leaves
-from jaxtrain.ops.precision import resolve_dtype_for_chip
 from jaxtrain.ops.routes import choose_routes
-from jaxtrain.planning.hardware import build_hardware
+from jaxtrain.planning.hardware import build_hardware, resolve_for
 from jaxtrain.planning.render import GIB
 from jaxtrain.planning.search import compiled_figures
 from jaxtrain.planning.sites_model import (
@@ -100,7 +99,7 @@ def _compile_step_seconds(cfg: TrainConfig, site: Site, args: FlagValues) -> flo
         )
     chip = find_chip(site.chip)
     hardware = build_hardware(chip, site.gpus, site.hosts, args.link, args.host_link)
-    return compiled_figures(resolve_dtype_for_chip(cfg, chip), hardware, args.cache)["step_s"]
+    return compiled_figures(resolve_for(cfg, hardware), hardware, args.cache)["step_s"]
 
 
 def plan_sites(cfg: TrainConfig, args: FlagValues) -> int:

@@ -64,6 +64,7 @@ def _build_single_device_run(run: Run) -> Run | None:
     cfg = dataclasses.replace(
         run.cfg,
         mesh=MeshConfig(1, 1, 1),
+        model=dataclasses.replace(run.cfg.model, remat=run.remat),
         data=dataclasses.replace(run.cfg.data, batch=run.cfg.data.batch // rows),
     )
     return build_run(cfg, list(run.mesh.local_devices[:1]))

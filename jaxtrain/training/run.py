@@ -20,11 +20,12 @@ from jaxtrain.ops import tuning
 from jaxtrain.ops.cudnn import explain_missing_cudnn
 from jaxtrain.ops.fused import missing_kernels
 from jaxtrain.ops.precision import resolve_dtype
-from jaxtrain.ops.routes import choose_routes
+from jaxtrain.ops.routes import Route, choose_routes
 from jaxtrain.optim.build import build_optimizer, peak_rates
 from jaxtrain.optim.parametrisation import scale_initial_values
 from jaxtrain.run_directory.contents import load_train_config
 from jaxtrain.training.batch_arrays import abstract_batch
+from jaxtrain.training.remat import resolve_remat
 from jaxtrain.training.step import (
     Step,
     TrainState,
@@ -50,7 +51,7 @@ READER_OVERRIDES = {
 class Run(NamedTuple):
     """The parts that a config describes, without data or arrays."""
 
-    cfg: config_lib.TrainConfig
+    cfg: config_lib.TrainConfig  # its model.remat may be "auto"; see the property remat
     mesh: jax.sharding.Mesh
     routes: dict[str, Any]  # op -> the implementation chosen for this machine
     model: Model
@@ -61,6 +62,11 @@ class Run(NamedTuple):
     def parameters(self) -> int:
         """The number of parameters."""
         return count_params(self.model.axes, letter_sizes(self.cfg.model))
+
+    @property
+    def remat(self) -> str:
+        """The value of model.remat with which the model was built, never "auto"."""
+        return self.routes["remat"].implementation
 
     def rates(self) -> dict[str, jax.Array]:
         """Returns the step's third argument: each group's peak learning rate, on the mesh."""
@@ -95,6 +101,7 @@ def build_routed_model(
         ValueError: a route that the config demands does not fit this machine.
     """
     device, masked = mesh.devices.flat[0], cfg.data.document_mask
+    cfg, reason = resolve_remat(cfg, mesh)
     routes = choose_routes(
         cfg.model,
         masked,
@@ -111,6 +118,7 @@ def build_routed_model(
     )
     if not cfg.optim.orthogonalizes:
         del routes["square"]  # only Newton-Schulz multiplies a matrix by itself
+    routes["remat"] = Route("remat", cfg.model.remat, reason)
     return routes, build_model(cfg.model, routes, mesh, masked)
 
 

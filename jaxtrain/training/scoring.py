@@ -106,7 +106,7 @@ def build_score(run: Run, rows: int, length: int) -> Callable:
         cfg,
         accumulation=1,
         strict=False,
-        model=dataclasses.replace(cfg.model, attention="auto"),
+        model=dataclasses.replace(cfg.model, attention="auto", remat=run.remat),
         kernels=dataclasses.replace(cfg.kernels, strict=False),
         # A sequence is one document, so no mask is needed.
         data=dataclasses.replace(
