@@ -15,9 +15,9 @@ from jaxtrain.training.memory_formula import (
 )
 
 NONE, ATTENTION = "none", "attention"
-# (config, micro-batches, devices, remat, the compiled step's bytes on one device), 2026-11-28, jax
-# 0.11.2: `jaxtrain plan CONFIG --chip=h200 --gpus=N --accumulation=N --model.remat=REMAT --json`.
-# With "none" all layers are unrolled.
+# (config, micro-batches, devices, remat, the compiled step's bytes on one device), 2026-11-28:
+# `jaxtrain plan CONFIG --chip=CHIP --gpus=N --accumulation=N --model.remat=REMAT --json`; with
+# "none" all layers are unrolled. For an H200 and jax 0.11.2 unless a comment names others.
 COMPILED = [
     ("gpt_124m", 16, 1, NONE, 12_411_285_180),
     ("gpt_350m", 16, 1, NONE, 31_930_835_900),
@@ -26,6 +26,17 @@ COMPILED = [
     ("gpt_1558m", 64, 1, NONE, 43_584_168_660),
     ("llama_135m", 4, 1, NONE, 69_446_586_468),
     ("llama_1400m", 32, 1, NONE, 46_741_079_412),
+    ("gpt_1558m", 16, 1, NONE, 104_012_662_484),
+    ("gpt_124m", 512, 1, NONE, 2_489_655_996),  # H100
+    ("gpt_124m", 16, 1, NONE, 12_668_772_540),  # H100, jax 0.10.2
+    ("gpt_124m", 16, 1, NONE, 12_668_777_916),  # A40
+    ("gpt_124m", 4, 8, NONE, 6_140_954_260),  # H100
+    ("gpt_350m", 4, 8, NONE, 15_227_327_364),  # H100
+    ("gpt_350m", 32, 1, NONE, 19_123_363_260),  # A40, jax 0.10.2
+    ("llama_135m", 16, 1, NONE, 19_294_114_404),  # H100
+    ("llama_1400m", 128, 1, NONE, 27_071_564_660),  # A40
+    ("llama_1400m", 32, 1, NONE, 46_693_545_588),  # H100, jax 0.10.2
+    ("llama_1400m", 16, 1, ATTENTION, 32_412_775_028),  # A40
     ("gpt_774m", 16, 1, ATTENTION, 20_581_203_644),
     ("gpt_1558m", 64, 1, ATTENTION, 28_039_120_572),
     ("llama_1400m", 32, 1, ATTENTION, 27_429_863_284),

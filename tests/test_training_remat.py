@@ -1,5 +1,6 @@
 """model.remat=auto takes the least recomputation that fits the device."""
 
+import dataclasses
 import importlib
 import json
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from jaxtrain.training.memory_formula import estimate_memory
 from jaxtrain.training.remat import TIGHT, choose_remat, resolve_remat, with_remat
 from jaxtrain.training.run import restore_run
 from pallas_kernels.chip import find_chip
-from tests.runs import debug_config, write_text
+from tests.runs import debug_config, shared_steps, write_text
 
 SHIPPED = ("gpt_124m", "gpt_350m", "gpt_774m", "gpt_1558m", "llama_135m", "llama_1400m")
 GIB = 2**30
@@ -69,6 +70,22 @@ def test_models_too_deep_to_unroll_recompute_as_a_scan_copies_what_it_stores():
     assert chosen.model.remat == "attention" and "a scan of 49 layers would copy" in reason
     assert choose_remat(with_model(deep, unroll=49), 1, 2**50)[0].model.remat == "none"
     assert choose_remat(with_model(deep, L=12, unroll=2), 1, 2**50)[0].model.remat == "attention"
+
+
+@pytest.mark.parametrize(
+    "section, values",
+    [
+        ("model", {"dtype": "float32"}),
+        ("model", {"attention": "reference"}),
+        ("data", {"document_mask": True, "eot": 0}),
+    ],
+)
+def test_attention_that_would_store_its_scores_is_recomputed(section, values):
+    cfg = load("gpt_124m")
+    fields = dataclasses.replace(getattr(cfg, section), **values)
+    cfg = dataclasses.replace(cfg, **{section: fields})
+    chosen, reason = choose_remat(cfg, 1, 2**50, "sm_80", "a100_80gb")
+    assert chosen.model.remat == "attention" and "would store its scores" in reason
 
 
 def test_a_cpu_recomputes_nothing_and_a_gpu_that_does_not_tell_its_memory_does():
@@ -126,16 +143,16 @@ def test_the_choice_is_printed_among_the_routes():
 def test_a_run_keeps_auto_in_its_records_and_resumes_without_a_change(tmp_path):
     text, folder = write_text(tmp_path), tmp_path / "run"
     values = dict(model__remat="auto", model__L=1, optim__name="adamw", sample__tokens=0)
-    cfg = debug_config(folder, text, steps=1, **values)
-    assert train(cfg, jax.devices()[:1], quiet=True) == 0
+    with shared_steps():
+        for steps in (1, 2):
+            cfg = debug_config(folder, text, steps=steps, **values)
+            assert train(cfg, jax.devices()[:1], quiet=True) == 0
     stored = json.loads((folder / "config.json").read_text())
     assert stored["config"]["model"]["remat"] == "auto"
     assert stored["config_hash"] == config_hash(cfg)
     assert stored["routes"]["remat"].split()[:2] == ["remat", "none"]
-    cfg = debug_config(folder, text, steps=2, **values)
-    assert train(cfg, jax.devices()[:1], quiet=True) == 0
     with Checkpoints(folder / "checkpoints", 2, read_only=True) as checkpoints:
-        assert checkpoints.steps()[-1] == 2
-        assert not describe_changes(checkpoints.read_meta()["config"], cfg)
+        assert checkpoints.steps()[-1] == 2 and (meta := checkpoints.read_meta())
+        assert not describe_changes(meta["config"], cfg)
     run, state = restore_run(folder)  # as evaluation, sampling and export do
     assert int(state.step) == 2 and run.remat == "none" and run.cfg.model.remat == "auto"

@@ -103,8 +103,8 @@ def describe_out_of_memory(error: BaseException) -> str:
     """Returns the error of a device that ran out of memory, with the flags that reduce it."""
     return (
         f"the step must fit in the device's memory; got {str(error).splitlines()[0]} Raise "
-        "--accumulation, or set --model.remat=full; python -m jaxtrain.plan --fit shows what fits "
-        "a GPU."
+        "--accumulation, or set --model.remat=attention or --model.remat=full, which store less; "
+        "python -m jaxtrain.plan --fit shows what fits a GPU."
     )
 
 

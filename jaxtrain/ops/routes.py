@@ -21,8 +21,8 @@ from pallas_kernels.tiles import TILES, default_tiles
 REQUESTED = "requested by"  # the reason begins with it if a flag selects the route
 CHOSEN = "auto:"  # the reason begins with it if the device's memory decided
 RULED_OUT = "no fused kernel"  # the reason contains it if the model's attention rules one out
-# The most layers that are unrolled: more gain less than they cost to compile. A scan copies all that
-# it stores; for an H200 36 layers compile in 44 s and 48 in 32 s on two cores (jax 0.11.2).
+# The most layers that are unrolled: more gain less than they cost to compile. A scan copies all
+# that it stores; for an H200 36 layers compile in 44 s and 48 in 32 s on 2 cores (jax 0.11.2).
 UNROLLED_LAYERS = {"cpu": 12, "gpu": 48}
 
 

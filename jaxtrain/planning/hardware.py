@@ -103,7 +103,8 @@ def resolve_remat_for(cfg: TrainConfig, hardware: Hardware) -> tuple[TrainConfig
     """Returns (cfg with model.remat=auto replaced as a run would, the reason; "" if not auto)."""
     if cfg.model.remat != AUTO:
         return cfg, ""
-    return choose_remat(cfg, hardware.devices, hardware.usable_bytes)
+    chip = hardware.chip
+    return choose_remat(cfg, hardware.devices, hardware.usable_bytes, chip.arch, chip.name)
 
 
 def resolve_for(cfg: TrainConfig, hardware: Hardware) -> TrainConfig:

@@ -11,8 +11,12 @@ import jax
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.distributed import memory
 from jaxtrain.distributed.broadcast import gather_texts
+from jaxtrain.distributed.mesh import mesh_sizes
+from jaxtrain.ops.cudnn import explain_missing_cudnn
+from jaxtrain.ops.routes import choose_routes
 from jaxtrain.training.memory_formula import estimate_memory, is_unrolled
 from pallas_kernels.chip import chip_of_kind
+from pallas_kernels.devices import chip_name, gpu_architecture
 
 AUTO = "auto"
 # From the least recomputation to the most. "dots" stores more than "attention" and is no faster:
@@ -36,7 +40,8 @@ def resolve_remat(cfg: TrainConfig, mesh: jax.sharding.Mesh) -> tuple[TrainConfi
         return with_remat(cfg, "none"), "cpu: the host's memory is not limited"
     # All processes must choose alike: the least memory decides.
     usable_bytes = min(map(int, gather_texts(str(usable_bytes_on(mesh)))))
-    return choose_remat(cfg, mesh.size, usable_bytes)
+    arch, chip = gpu_architecture(mesh.devices.flat[0]), chip_name(mesh.devices.flat[0])
+    return choose_remat(cfg, mesh.size, usable_bytes, arch, chip)
 
 
 def usable_bytes_on(mesh: jax.sharding.Mesh) -> int:
@@ -53,24 +58,54 @@ def usable_bytes_on(mesh: jax.sharding.Mesh) -> int:
     return min(limits + known)
 
 
-def choose_remat(cfg: TrainConfig, devices: int, usable_bytes: int) -> tuple[TrainConfig, str]:
+def explain_costly_storing(cfg: TrainConfig, devices: int, arch: str, chip: str) -> str:
+    """Returns why a step on a GPU should not store everything even if that fits; "" if it may.
+
+    Args:
+        devices, arch, chip: as in choose_remat.
+    """
+    if not is_unrolled(with_remat(cfg, "none").model):
+        # The copies take longer than attention's recomputation: see docs/speed_log.md.
+        return f"a scan of {cfg.model.L} layers would copy what it stores"
+    replica, fsdp, tensor = mesh_sizes(cfg.mesh, devices)
+    rows = cfg.data.batch // cfg.accumulation // replica // fsdp
+    attention = choose_routes(
+        cfg.model,
+        cfg.data.document_mask,
+        "gpu",
+        False,
+        cfg.kernels,
+        arch=arch,
+        chip=chip,
+        tensor=tensor,
+        seq_len=cfg.data.seq_len,
+        sequences=max(rows, 1),  # a plan may have fewer: its search finds another number
+        no_cudnn=explain_missing_cudnn(),
+    )["attention"]
+    if not (attention.is_fused or attention.implementation == "cudnn"):
+        return "attention would store its scores [H,T,T], which the memory formula leaves out"
+    return ""
+
+
+def choose_remat(
+    cfg: TrainConfig, devices: int, usable_bytes: int, arch: str = "", chip: str = ""
+) -> tuple[TrainConfig, str]:
     """Returns (cfg with the first of CHOICES whose estimate is at most TIGHT, the reason).
 
-    If there is none, it is "full". Models that are too deep to unroll never take "none": a scan
-    copies all that it stores, which takes longer than recomputing it.
+    If there is none, it is "full".
 
     Args:
         devices: those of the mesh that cfg.mesh describes.
         usable_bytes: what training may use on one device; 0 if it is unknown.
+        arch, chip: as in choose_routes.
     """
     if not usable_bytes:
         return with_remat(cfg, "attention"), "auto: the device does not tell its memory"
-    chosen, peak, note = cfg, 0.0, ""
-    for remat in CHOICES:
+    chosen, peak = cfg, 0.0
+    costly = explain_costly_storing(cfg, devices, arch, chip)
+    note = f"; with none {costly}" if costly else ""
+    for remat in CHOICES[1:] if costly else CHOICES:
         chosen = with_remat(cfg, remat)
-        if remat == "none" and not is_unrolled(chosen.model):
-            note = f"; with none a scan of {cfg.model.L} layers would copy what it stores"
-            continue
         peak = estimate_memory(chosen, devices).peak
         if peak <= TIGHT * usable_bytes:
             break
