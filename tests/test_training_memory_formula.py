@@ -36,6 +36,7 @@ COMPILED = [
     ("llama_135m", 16, 1, NONE, 19_294_114_404),  # H100
     ("llama_1400m", 128, 1, NONE, 27_071_564_660),  # A40
     ("llama_1400m", 32, 1, NONE, 46_693_545_588),  # H100, jax 0.10.2
+    ("llama_1400m", 4, 8, NONE, 31_898_251_668),
     ("llama_1400m", 16, 1, ATTENTION, 32_412_775_028),  # A40
     ("gpt_774m", 16, 1, ATTENTION, 20_581_203_644),
     ("gpt_1558m", 64, 1, ATTENTION, 28_039_120_572),
@@ -57,6 +58,12 @@ def test_the_formula_is_within_its_error_of_compiled_steps(
     assert is_unrolled(cfg.model) == (remat == NONE)
     error = abs(estimate_memory(cfg, devices).peak - compiled)
     assert error < max(RELATIVE_ERROR * compiled, ABSOLUTE_ERROR_BYTES)
+
+
+def test_two_more_norms_in_each_layer_store_their_inputs():
+    cfg = with_model(load("gpt_350m", 16, NONE), norm_place="both")
+    compiled = 35_482_116_444  # H200
+    assert abs(estimate_memory(cfg, 1).peak - compiled) < RELATIVE_ERROR * compiled
 
 
 def test_a_scan_stores_more_than_unrolled_layers():

@@ -6,7 +6,7 @@ one layer, and a workspace that does not grow with the tokens. The three constan
 were fitted on 2026-11-25 to 34 compiled steps of the shipped configs (1 and 8 devices, 1,024 to
 131,072 tokens per device, every remat), whose layers were scanned. A scan copies what it stores, so
 layers that are unrolled save half as much: what they save was counted by hand, one number for each
-input of an operation whose backward needs it. It agrees with 18 steps compiled on 2026-11-28 (A40,
+input of an operation whose backward needs it. It agrees with 20 steps compiled on 2026-11-28 (A40,
 H100, H200, jax 0.10.2 and 0.11.2; tests/test_training_memory_formula.py). All errors are at most
 0.7 of the bound below.
 """
@@ -59,11 +59,11 @@ def _saved_per_token(m: ModelConfig, tensor: int) -> float:
     """
     q_width, kv_width = m.H * m.K / tensor, 2 * m.G * m.K / tensor
     ffn_width = (3 if m.has_gated_mlp else 2) * m.F / tensor
-    norms = 4 if m.norm_place == "both" else 2  # two more norms
+    norms = 4 if m.norm_place == "both" else 2
     if m.remat == "none" and is_unrolled(m):
-        # The input and output of each norm; query, key, value and attention's result; what the
-        # MLP's products read and write.
-        return 2 * norms * m.D + 2 * q_width + kv_width + ffn_width
+        # What norms read and the layer's first products read; query, key, value and attention's
+        # result; what the MLP's products read and write.
+        return (norms + 2) * m.D + 2 * q_width + kv_width + ffn_width
     if m.remat == "none":
         ffn_factor = 2.5 if m.has_gated_mlp else 3.5
         return (norms + 4) * m.D + 2 * (q_width + kv_width) + ffn_factor * ffn_width
