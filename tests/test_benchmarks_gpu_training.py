@@ -25,6 +25,7 @@ from jaxtrain.benchmarks import (
 )
 from jaxtrain.benchmarks.child import BenchJob, child_main, job_config, run_child
 from jaxtrain.benchmarks.step_timing import first_gpu, time_pipelined, zipf_tokens
+from jaxtrain.planning.hardware import build_hardware, resolve_remat_for
 from pallas_kernels.chip import find_chip
 from tests.runs import write_text
 
@@ -71,6 +72,27 @@ def test_the_first_micro_batch_fits_by_the_formula():
     sizes = [batch_size.first_rows(cfg, 2**gib * 2**30, 32_768) for gib in (1, 3, 5, 7)]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1] == 32
     assert batch_size.first_rows(cfg, 0, 4_096) == 4
+
+
+def test_micro_batches_that_recompute_nothing_are_preferred_unless_they_are_small():
+    cfg = job_config(BenchJob("train", "gpt_774m"))
+    rows = lambda gib: batch_size.first_rows(cfg, gib * 2**30, 32_768)
+    remat = lambda gib: batch_size.with_rows(cfg, rows(gib), gib * 2**30).model.remat
+    assert (rows(80), remat(80)) == (32, "none")
+    assert (rows(40), remat(40)) == (8, "none")
+    assert (rows(28), remat(28)) == (32, "attention")  # with 4 rows, none would fit
+    assert batch_size.with_rows(cfg, 4, 28 * 2**30).model.remat == "none"
+
+
+@pytest.mark.parametrize("size", gpu_items.SIZES)
+@pytest.mark.parametrize("chip", ["a40", "h100", "h200"])
+def test_the_suite_expects_the_remat_that_its_child_chooses(chip, size):
+    hardware = build_hardware(find_chip(chip), 1, 1, "", "ethernet10")
+    cfg = job_config(BenchJob("train", size))
+    for rows in (32, 8):
+        ours = batch_size.with_rows(cfg, rows, hardware.usable_bytes)
+        child = job_config(BenchJob("train", size, batch=cfg.data.batch, rows=rows))
+        assert resolve_remat_for(child, hardware)[0].model == ours.model
 
 
 def test_slower_chips_get_fewer_sequences_per_step():
