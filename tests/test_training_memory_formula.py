@@ -60,6 +60,18 @@ def test_the_formula_is_within_its_error_of_compiled_steps(
     assert error < max(RELATIVE_ERROR * compiled, ABSOLUTE_ERROR_BYTES)
 
 
+@pytest.mark.parametrize(
+    ("mesh", "compiled"),  # 8 H100s, jax 0.11.2
+    [
+        (MeshConfig(replica=8, fsdp=1), 7_177_159_356),
+        (MeshConfig(tensor=2), 7_385_888_916),
+    ],
+)
+def test_the_formula_is_within_its_error_on_other_meshes(mesh, compiled):
+    cfg = dataclasses.replace(load("gpt_124m", 4, NONE), mesh=mesh)
+    assert abs(estimate_memory(cfg, 8).peak - compiled) < ABSOLUTE_ERROR_BYTES
+
+
 def test_two_more_norms_in_each_layer_store_their_inputs():
     cfg = with_model(load("gpt_350m", 16, NONE), norm_place="both")
     compiled = 35_482_116_444  # H200

@@ -6,7 +6,7 @@ one layer, and a workspace that does not grow with the tokens. The three constan
 were fitted on 2026-11-25 to 34 compiled steps of the shipped configs (1 and 8 devices, 1,024 to
 131,072 tokens per device, every remat), whose layers were scanned. A scan copies what it stores, so
 layers that are unrolled save half as much: what they save was counted by hand, one number for each
-input of an operation whose backward needs it. It agrees with 20 steps compiled on 2026-11-28 (A40,
+input of an operation whose backward needs it. It agrees with 21 steps compiled on 2026-11-28 (A40,
 H100, H200, jax 0.10.2 and 0.11.2; tests/test_training_memory_formula.py). All errors are at most
 0.7 of the bound below.
 """
