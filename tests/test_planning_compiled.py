@@ -29,7 +29,8 @@ from pallas_kernels.hlo import Program, bytes_of
 from pallas_kernels.offline import compile_for, devices_of
 
 chip = find_chip("a40")
-cfg = freeze(llama_135m.get_config())
+auto = freeze(llama_135m.get_config())
+cfg = with_model(auto, remat="attention")  # a scan compiles faster
 memory = compile_plan(cfg, build_hardware(chip, 2, 1, "", "ethernet10")).memory
 formula = estimate_memory(cfg, 2)
 print(memory.peak, formula.peak, memory.parameters + memory.optimizer_state, formula.state)
@@ -58,7 +59,8 @@ devices = devices_of(chip, 2, 1)
 with jax.default_device(devices[0]):
     values = dict(window=256, global_every=5, rope_local_theta=1e4, attention_scale=0.1)
     run, notes = _build_run(with_model(cfg, **values), devices)
-print(run.routes["attention"].implementation, *notes)
+    print(run.routes["attention"].implementation, *notes)
+    print(_build_run(auto, devices)[0].routes["remat"])
 """
 
 
@@ -91,3 +93,8 @@ def test_gradient_accumulation_does_not_allocate_a_second_tree_of_zeros(printed)
 def test_a_model_with_windows_is_compiled_with_the_kernel_and_a_note(printed):
     assert printed[2].startswith("flash:sm_86 attention was compiled as the fused kernel")
     assert printed[2].endswith("compute the same products")
+
+
+@pytest.mark.long
+def test_a_step_compiled_for_a_gpu_chooses_what_to_recompute_by_its_memory(printed):
+    assert printed[3].split()[:4] == ["remat", "none", "auto:", "about"]

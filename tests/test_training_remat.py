@@ -88,12 +88,12 @@ def test_attention_that_would_store_its_scores_is_recomputed(section, values):
     assert chosen.model.remat == "attention" and "would store its scores" in reason
 
 
-def test_a_cpu_recomputes_nothing_and_a_gpu_that_does_not_tell_its_memory_does():
+def test_a_cpu_recomputes_nothing_and_a_gpu_of_unknown_memory_does():
     cfg = load("llama_1400m")
     chosen, reason = resolve_remat(cfg, fake_mesh(platform="cpu", device_kind="cpu"))
     assert chosen.model.remat == "none" and reason.startswith("cpu")
     chosen, reason = resolve_remat(cfg, fake_mesh())
-    assert chosen.model.remat == "attention" and "does not tell its memory" in reason
+    assert chosen.model.remat == "attention" and "memory is unknown" in reason
 
 
 def test_a_gpu_that_is_not_in_the_chip_table_has_the_memory_of_jaxs_allocator():
@@ -106,7 +106,7 @@ def test_a_gpu_that_is_not_in_the_chip_table_has_the_memory_of_jaxs_allocator():
 
 def test_a_value_that_the_user_sets_is_kept():
     cfg = with_remat(load("llama_1400m"), "dots")
-    assert resolve_remat(cfg, fake_mesh()) == (cfg, "model.remat")
+    assert resolve_remat(cfg, fake_mesh()) == (cfg, "set by model.remat")
 
 
 @pytest.mark.parametrize("gpus", [1, 8])
@@ -136,7 +136,7 @@ def test_the_choice_is_printed_among_the_routes():
     usual = {"attention": Route("attention", "cudnn", "gpu: flash attention")}
     lines = list(describe_routes(usual | {"remat": route}))
     assert lines[0] == ("route", f"{'remat':<10} {'none':<10} auto: about 56 of 118 GiB")
-    plain = dict(describe_routes(usual | {"remat": Route("remat", "none", "model.remat")}))
+    plain = dict(describe_routes(usual | {"remat": Route("remat", "none", "set by model.remat")}))
     assert "route" not in plain
 
 

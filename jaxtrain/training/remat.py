@@ -35,9 +35,9 @@ def resolve_remat(cfg: TrainConfig, mesh: jax.sharding.Mesh) -> tuple[TrainConfi
     Every process must call it.
     """
     if cfg.model.remat != AUTO:
-        return cfg, "model.remat"
+        return cfg, "set by model.remat"
     if mesh.devices.flat[0].platform == "cpu":
-        return with_remat(cfg, "none"), "cpu: the host's memory is not limited"
+        return with_remat(cfg, "none"), "cpu: auto recomputes nothing"
     # All processes must choose alike: the least memory decides.
     usable_bytes = min(map(int, gather_texts(str(usable_bytes_on(mesh)))))
     arch, chip = gpu_architecture(mesh.devices.flat[0]), chip_name(mesh.devices.flat[0])
@@ -100,7 +100,7 @@ def choose_remat(
         arch, chip: as in choose_routes.
     """
     if not usable_bytes:
-        return with_remat(cfg, "attention"), "auto: the device does not tell its memory"
+        return with_remat(cfg, "attention"), "auto: the device's memory is unknown"
     chosen, peak = cfg, 0.0
     costly = explain_costly_storing(cfg, devices, arch, chip)
     note = f"; with none {costly}" if costly else ""
