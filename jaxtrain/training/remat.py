@@ -55,7 +55,7 @@ def usable_bytes_on(mesh: jax.sharding.Mesh) -> int:
     if len(known) == len(chips):
         return min(known)
     limits = [(x.memory_stats() or {}).get("bytes_limit", 0) for x in mesh.local_devices]
-    return min(limits + known)
+    return min(limits + known, default=0)
 
 
 def explain_costly_storing(cfg: TrainConfig, devices: int, arch: str, chip: str) -> str:
