@@ -1,7 +1,11 @@
+import dataclasses
 import math
 import time
 
+from jaxtrain.benchmarks import step_timing
+from jaxtrain.benchmarks.child import BenchJob
 from jaxtrain.benchmarks.timing import TimedCall, interleave, summarise, time_call, warm_up
+from jaxtrain.config.train_config import TrainConfig
 
 
 def test_variants_take_turns_after_two_calls_that_are_not_counted():
@@ -40,3 +44,14 @@ def test_a_summary_has_the_medians_and_the_fastest_call():
     summary = summarise(samples)
     assert summary["wall_s"] == 0.02 and summary["wall_min_s"] == 0.01
     assert summary["cpu_s"] == 0.01 and summary["samples"] == 3
+
+
+def test_steps_are_counted_for_the_given_time_if_a_launch_blocks_until_its_step_is_done(
+    monkeypatch,
+):
+    monkeypatch.setattr(step_timing, "gpu_clocks", lambda: "")
+    cfg = TrainConfig()
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, seq_len=1))
+    job = BenchJob("train", batch=1, most_s=0.7)
+    row = step_timing.time_steps(job, cfg, lambda batch: time.sleep(0.1), lambda launched: None)
+    assert 5 <= row["samples"] <= 7

@@ -79,7 +79,8 @@ def time_steps(
     wait(launch(batches(0, 1)[0]))
     first_step_s = time.time() - job.began
     warm_up_s, _ = time_pipelined(launch, wait, batches(1, WARM_UP_STEPS))
-    count = int(np.clip(job.most_s / min(warm_up_s), LEAST_STEPS, MOST_STEPS))
+    # Where a launch blocks until its step is almost done, the last of these times is short.
+    count = int(np.clip(job.most_s / max(warm_up_s), LEAST_STEPS, MOST_STEPS))
     steps_s, launches_s = time_pipelined(launch, wait, batches(1 + WARM_UP_STEPS, count))
     # One more step runs meanwhile, so that these are the clocks under load.
     in_flight = launch(batches(1 + WARM_UP_STEPS + count, 1)[0])
