@@ -35,10 +35,12 @@ from jaxtrain.reporting.table import format_table
 from pallas_kernels.arguments import Parser
 
 OTHER_PROGRAM = "not in the step's program"
-# Libraries' kernels inside a CUDA graph have their own names, not those of the program.
+# Libraries' kernels and ours have their own names inside a CUDA graph, not those of the program.
 LIBRARY_KERNELS = {
     "attention": re.compile(r"flash_attention|sdpa|fmha", re.I),
     "products": re.compile(r"gemm|nvjet|cutlass|xmma|cublas|symmetric|head_scores", re.I),
+    "element-wise and reductions, forward": re.compile(r"(add_norm|bias_gelu|qk_rope)_forward"),
+    "element-wise and reductions, backward": re.compile(r"(add_norm|bias_gelu|qk_rope)_backward"),
 }
 
 

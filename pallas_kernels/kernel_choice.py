@@ -19,7 +19,6 @@ from pallas_kernels.ptxas import explain_missing_mosaic, has_triton
 from pallas_kernels.tiles import (
     MOSAIC_FIRST,
     MOSAIC_HEADS,
-    MOSAIC_LEAST_ROWS,
     MOSAIC_TYPES,
     FlashAttentionTiles,
     OpTiles,
@@ -207,7 +206,7 @@ def find_body_obstacle(op: str, tiles: OpTiles | None, matrices: Iterable[tuple[
     if op != "square" or not others:
         return ""
     # The body for Ampere moves its last tile into the matrix, which must have a tile's rows.
-    least = max(x.rows if body_of(x) == "ampere" else MOSAIC_LEAST_ROWS for x in others)
+    least = max(x.rows if body_of(x) == "ampere" else 64 for x in others)
     refused = [(M, N) for M, N in sorted(matrices) if M < least or M % 64 or N % 64]
     if not refused:
         return ""

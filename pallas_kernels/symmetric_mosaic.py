@@ -17,7 +17,7 @@ from pallas_kernels import mosaic
 from pallas_kernels.mosaic import plgpu
 from pallas_kernels.mosaic_product import pipeline_scratch, run_products
 from pallas_kernels.tile_order import triangle_tile
-from pallas_kernels.tiles import MOSAIC_LEAST_ROWS, MosaicProductTiles
+from pallas_kernels.tiles import MosaicProductTiles
 
 SMALLEST = 128  # rows of the smallest tile, a square of 64 rows for each warp group
 
@@ -119,15 +119,9 @@ def symmetric(
         tiles: as many columns as rows, or half as many.
 
     Raises:
-        ValueError: mosaic.check refuses the arrays, M is not a multiple of 64, or M is less than
-            MOSAIC_LEAST_ROWS.
+        ValueError: mosaic.check refuses the arrays, or M is not a multiple of 64.
     """
     X, M, _ = x_XMN.shape
-    if M < MOSAIC_LEAST_ROWS:
-        raise ValueError(
-            f"x_XMN must have matrices of at least {MOSAIC_LEAST_ROWS} rows; got {M}. Give the "
-            "kernel tiles of its Triton body."
-        )
     if M < tiles.rows:
         tiles = tiles._replace(rows=SMALLEST, columns=min(tiles.columns, SMALLEST))
     c = () if c_XMM is None else (c_XMM,)

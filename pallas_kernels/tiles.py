@@ -153,10 +153,6 @@ TILES: dict[str, dict[str, Any]] = {
 
 # What Mosaic's bodies take; the ops whose Mosaic body runs first where no measurement decides
 MOSAIC_TYPES, MOSAIC_HEADS = ("bfloat16", "float16"), (64, 128)
-# Rows of a Gram matrix: with 64 in tiles of 128 the compiled kernel's results were wrong (H200, jax
-# 0.11.2, 2026-11-27). The cause is known and fixed, but no card has confirmed it yet
-# (docs/not_measured.md).
-MOSAIC_LEAST_ROWS = 128
 MOSAIC_FIRST = {"sm_90": ("attention", "head", "square")}
 
 # kernel of attention -> what its Mosaic body may do otherwise than the one that "" selects:

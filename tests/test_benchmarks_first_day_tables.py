@@ -148,7 +148,7 @@ def test_results_replace_what_was_unmeasured_with_card_versions_date_and_commit(
         for part in ("512,345 tokens/s", "MFU 45.3% (target >= 0.5 MISSED)", "1.23x compiled"):
             assert part in row.figure
         assert "first step after 51 s" in row.figure and "peak 5.0 GiB" in row.figure
-        source = f"{CARD}, driver 580.65, cuDNN 90800, jax 0.11.2, torch 2.11.0"
+        source = f"{CARD}, driver 580.65, cuDNN 9.8.0, jax 0.11.2, torch 2.11.0"
         assert row.source == f"{source}, 2026-11-25, b121ec7"  # as in its slice
         assert row.command.startswith("`jaxtrain bench --suite=first-day --stages=training")
         assert "unmeasured" in rows["gpt_350m with muon"].figure  # it failed

@@ -46,12 +46,14 @@ def test_a_summary_has_the_medians_and_the_fastest_call():
     assert summary["cpu_s"] == 0.01 and summary["samples"] == 3
 
 
-def test_steps_are_counted_for_the_given_time_if_a_launch_blocks_until_its_step_is_done(
+def test_a_launch_that_blocks_until_its_step_is_done_distorts_neither_times_nor_their_number(
     monkeypatch,
 ):
     monkeypatch.setattr(step_timing, "gpu_clocks", lambda: "")
     cfg = TrainConfig()
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, seq_len=1))
     job = BenchJob("train", batch=1, most_s=0.7)
-    row = step_timing.time_steps(job, cfg, lambda batch: time.sleep(0.1), lambda launched: None)
-    assert 5 <= row["samples"] <= 7
+    launch = lambda batch: time.sleep(0.1) or "launched"
+    row = step_timing.time_steps(job, cfg, launch, lambda launched: None)
+    assert 5 <= row["samples"] == len(row["steps_s"]) <= 7
+    assert min(row["steps_s"]) >= 0.1 and max(row["steps_s"]) < 0.18

@@ -315,10 +315,9 @@ def test_a_chip_without_a_row_takes_that_of_one_with_the_same_multiprocessors(tm
 
 
 @pytest.mark.skipif(not mosaic.USABLE, reason=mosaic.REASON)
-@pytest.mark.parametrize("heads, refused", [(12, ""), (3, ""), (1, "at least 128; got 64")])
-def test_small_gram_matrices_keep_a_model_from_mosaics_square(heads, refused):
-    """With a Gram matrix of 64 rows the compiled body's results were wrong on an H200."""
-    model = ModelConfig(L=2, D=768, H=12, G=heads, K=64, F=3_072, V=50_304, dtype="bfloat16")
+@pytest.mark.parametrize("heads, K, refused", [(12, 64, ""), (1, 64, ""), (3, 32, "got 96x768")])
+def test_mosaics_square_takes_gram_matrices_of_any_multiple_of_64_rows(heads, K, refused):
+    model = ModelConfig(L=2, D=768, H=12, G=heads, K=K, F=3_072, V=50_304, dtype="bfloat16")
     route = choose_routes(model, False, "gpu", False, arch="sm_90", chip="h100")["square"]
     assert (route.implementation == "fused:sm_90") is (not refused)
     assert refused in route.reason

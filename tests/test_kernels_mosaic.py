@@ -98,9 +98,7 @@ def test_symmetric_equals_the_product_and_its_own_transpose(tiles, shape):
 
 @pytest.mark.usefixtures("offsets_dropped")
 @pytest.mark.parametrize("tiles", [tiles for tiles, _ in SQUARES])
-def test_symmetric_is_right_for_matrices_of_64_rows(tiles, monkeypatch):
-    """The public function refuses them until this test has passed on a GPU."""
-    monkeypatch.setattr("pallas_kernels.symmetric_mosaic.MOSAIC_LEAST_ROWS", 64)
+def test_symmetric_is_right_for_matrices_of_64_rows(tiles):
     x, c = draw(0, 2, 64, 64), draw(1, 2, 64, 64)
     c, interpret = c + c.mT, not ON_GPU
     # Not the compiled function's own cache, which the other tests share.
@@ -135,7 +133,6 @@ def test_a_product_that_is_not_symmetric_mirrors_its_lower_triangle():
         (jnp.ones((1, 128, 64)), r"got x=float32\[1, 128, 64\]"),
         (jnp.ones((1, 128, 136), HALF), r"multiple of 64; got x=bfloat16\[1, 128, 136\]"),
         (jnp.ones((1, 156, 64), HALF), r"writes rows of .* got bfloat16\[1, 156, 156\]"),
-        (jnp.ones((1, 64, 64), HALF), r"matrices of at least 128 rows; got 64"),
     ],
 )
 def test_arrays_that_the_memory_accelerator_cannot_copy_are_an_error(x, message):

@@ -84,9 +84,11 @@ def test_kernels_in_a_cuda_graph_have_the_causes_of_their_instructions():
         "nvjet_hsh_128x256",
         "cudnn_sdpa_sm90",
         "MemcpyD2D",
+        "add_norm_backward__1",
     )
     ops = tuple(TracedOp(name, "m", i, i + 1, 2.0**i) for i, name in enumerate(names))
     assert profile.time_by_cause(Device("gpu", ops), causes) == {
+        "element-wise and reductions, backward": 32.0,
         profile.OTHER_PROGRAM: 16.0,
         "attention": 8.0,
         "products": 4.0,

@@ -103,8 +103,8 @@ def _name_result(*paths: Path) -> Iterator[None]:
 def _describe_machine(machine: Row) -> str:
     """Returns the card and the versions of a result of the stage machine."""
     versions = [f"driver {machine['driver']}"]
-    if machine.get("cudnn"):
-        versions.append(f"cuDNN {machine['cudnn']}")
+    if number := machine.get("cudnn"):  # 91900 is 9.19.0
+        versions.append(f"cuDNN {number // 10_000}.{number // 100 % 100}.{number % 100}")
     versions += [f"{name} {version}" for name, version in machine["versions"].items()]
     return f"{machine['device']}, {', '.join(versions)}"
 

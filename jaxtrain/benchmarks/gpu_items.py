@@ -18,7 +18,7 @@ TORCH_OPTIMIZERS = ("muon", "adamw")  # torch has no accelerated_lmo, so that is
 # 32 s, both with 12 unrolled layers and with a scan, and PyTorch's of 12 layers after 36 to 38 s.
 # Our trace, the optimizer's own program and the end took about 8 s (gpt_124m, H200).
 START_S, COMPILE_S, UNROLLED_LAYER_S, TORCH_LAYER_S = 20.0, 25.0, 1.0, 2.0
-OTHER_STEPS = 4  # that are not counted: the first, two to warm up, one while clocks are read
+OTHER_STEPS = 6  # not counted: the first, two to warm up, one before and after, one for clocks
 
 
 class Item(NamedTuple):

@@ -41,7 +41,8 @@ def time_pipelined(
 
     As in training, a step is launched before the last one is waited for. So the device never waits
     for the host, and the latency of the wait itself is not counted. The first step's time starts at
-    its launch.
+    its launch. Where a launch blocks until its step is almost done, the first time is that of
+    almost two steps and the last one that of almost none; time_steps counts neither.
 
     The CPU time is that of the launching thread: an upper bound of the host's work, as some drivers
     spin while the device's queue is full.
@@ -81,9 +82,10 @@ def time_steps(
     warm_up_s, _ = time_pipelined(launch, wait, batches(1, WARM_UP_STEPS))
     # Where a launch blocks until its step is almost done, the last of these times is short.
     count = int(np.clip(job.most_s / max(warm_up_s), LEAST_STEPS, MOST_STEPS))
-    steps_s, launches_s = time_pipelined(launch, wait, batches(1 + WARM_UP_STEPS, count))
+    times_s, launches_s = time_pipelined(launch, wait, batches(1 + WARM_UP_STEPS, count + 2))
+    steps_s = times_s[1:-1]
     # One more step runs meanwhile, so that these are the clocks under load.
-    in_flight = launch(batches(1 + WARM_UP_STEPS + count, 1)[0])
+    in_flight = launch(batches(3 + WARM_UP_STEPS + count, 1)[0])
     clocks = gpu_clocks()
     wait(in_flight)
     p50_s, p95_s = np.percentile(steps_s, (50, 95)).tolist()
