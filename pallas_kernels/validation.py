@@ -172,6 +172,15 @@ def _check_floating(name, x):
         raise ValueError(f"{name} must have at least one dimension; got {describe(x)}.")
 
 
+def _check_readable(name, x):
+    """Raises ValueError unless a kernel with BlockTiles can read an array."""
+    _check_floating(name, x)
+    if jnp.dtype(x.dtype).itemsize > 4:
+        raise ValueError(f"{name} must have at most 32 bits; got {describe(x)}.")
+    if x.size >= 2**31:  # the kernels count elements in int32
+        raise ValueError(f"{name} must have fewer than 2**31 elements; got {describe(x)}.")
+
+
 def _check_eps(eps):
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be 0 or a positive number; got {eps}.")
@@ -188,7 +197,7 @@ def check_add_norm(
     tiles: Any,
 ) -> None:
     """Raises ValueError if add_norm does not support these arguments; y and biases may be None."""
-    _check_floating("h_XD", h_XD)
+    _check_readable("h_XD", h_XD)
     check = Sizes().check
     check("h_XD", h_XD, h_XD.shape, [h_XD.dtype])
     if y_XD is not None:
@@ -220,11 +229,7 @@ def check_qk_rope(x_BTHK: Any, gain_K: Any, cos_TK: Any, sin_TK: Any, eps: float
 
 def check_gelu(x_XF: Any, bias_F: Any, tiles: Any) -> None:
     """Raises ValueError if gelu does not support these arguments; the bias may be None."""
-    _check_floating("x_XF", x_XF)
-    if jnp.dtype(x_XF.dtype).itemsize > 4:
-        raise ValueError(f"x_XF must have at most 32 bits; got {describe(x_XF)}.")
-    if x_XF.size >= 2**31:  # the kernels count elements in int32
-        raise ValueError(f"x_XF must have fewer than 2**31 elements; got {describe(x_XF)}.")
+    _check_readable("x_XF", x_XF)
     check = Sizes().check
     check("x_XF", x_XF, x_XF.shape, [x_XF.dtype])
     if bias_F is not None:

@@ -183,6 +183,7 @@ WRONG = [  # kernel, changed arguments, the start of the error, the value in it
     (add_norm, {"h_XD": int32(2, 16)}, "h_XD must", "int32[2, 16]"),
     (add_norm, {"h_XD": bf16(0, 16)}, "h_XD must", "bfloat16[0, 16]"),
     (add_norm, {"h_XD": bf16()}, "h_XD must", "bfloat16[]"),
+    (add_norm, {"h_XD": np.zeros((2, 16))}, "h_XD must have at most 32 bits", "float64[2, 16]"),
     (add_norm, {"y_XD": bf16(2, 3, 8)}, "y_XD must", "bfloat16[2, 3, 8]"),
     (add_norm, {"y_XD": f32(2, 3, 16)}, "y_XD must", "float32[2, 3, 16]"),
     (add_norm, {"gain_D": f32(1)}, "gain_D must", "float32[1]"),
