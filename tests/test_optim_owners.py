@@ -63,7 +63,7 @@ def test_a_stack_that_not_all_axes_divide_is_split_over_some_and_repeated_over_t
     mesh = build_mesh(MeshConfig(2, 2, 2))
     (updates, state), compiled = train("soap", 4, mesh)
     (expected, expected_state), _ = train("soap", 4)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), updates, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), updates, expected)
     pairs = zip(owned_by(state), owned_by(expected_state), strict=True)
     for ours, theirs in pairs:  # eigenvectors may differ in sign
         jax.tree.map(
@@ -78,7 +78,7 @@ def test_each_mesh_axis_that_splits_a_parameter_costs_an_all_to_all_each_way():
     mesh = build_mesh(MeshConfig(1, 4, 2))
     (updates, state), compiled = train("soap_muon", 8, mesh)
     (expected, _), _ = train("soap_muon", 8)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), updates, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), updates, expected)
     for buffers in owned_by(state):
         check_shards(buffers)
     op = r" (all-to-all|all-gather|collective-permute)(?:-start)?\("
