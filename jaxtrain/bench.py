@@ -46,16 +46,16 @@ Suites for GPUs, which run only if named:
               call with the same --out continues where the first stopped. In this order, or in that
               of --stages: the machine (driver, versions, clocks as found, ceilings), `pytest -m
               gpu`, every kernel beside its rivals, the kernels' tiles, suite gpu with Muon at all
-              sizes, the plan's memory and time beside the measured ones (from which it fits what
-              `jaxtrain plan --calibrated` reads), and two steps' time by cause. Each is a process
-              with a limit, a log and a result in --out; if one hangs or crashes, the others still
-              run. Prints a plan of the minutes first, and at its end what is measured, what failed
-              and why, what is left, and the command that continues. A stage that failed or used all
-              its minutes runs again only if --stages names it; --stages=training:9 gives the stage
-              training at most 9 minutes of this call. The last two stages need no GPU. A call with
-              --write measures nothing: it writes the results into README.md and docs/results.md and
-              copies the tuned tables. Where there is no git checkout, JAXTRAIN_COMMIT names the
-              commit
+              sizes, two steps' time by cause, and the plan's memory and time beside the measured
+              ones (from the last two come the efficiencies that `jaxtrain plan --calibrated`
+              reads). Each is a process with a limit, a log and a result in --out; if one hangs or
+              crashes, the others still run. Prints a plan of the minutes first, and at its end what
+              is measured, what failed and why, what is left, and the command that continues. A
+              stage that failed or used all its minutes runs again only if --stages names it;
+              --stages=training:9 gives the stage training at most 9 minutes of this call. The last
+              two stages need no GPU. A call with --write measures nothing: it writes the results
+              into README.md and docs/results.md and copies the tuned tables. Where there is no git
+              checkout, JAXTRAIN_COMMIT names the commit
 
 Suites for any device, which run only if named:
     transfer  whether the best learning rate stays the best in wider and deeper models, with

@@ -9,7 +9,12 @@ from jaxtrain.benchmarks import plan_check
 from jaxtrain.benchmarks.first_day_results import find_left, read_rows, summarize
 from jaxtrain.metrics.mfu import roofline
 from jaxtrain.metrics.work_kinds import CLASSES, find_causes
-from jaxtrain.planning.calibration import fit_calibration, read_calibration
+from jaxtrain.planning.calibration import (
+    calibrate_by_traces,
+    classes_of_causes,
+    fit_calibration,
+    read_calibration,
+)
 from pallas_kernels.chip import find_chip
 from pallas_kernels.hlo import Program
 
@@ -50,6 +55,26 @@ def test_fewer_steps_than_classes_share_one_efficiency():
     for classes_s, times_s in (([], []), ([STEPS[0]], [0.0]), ([{"products": 0.0}], [1.0])):
         with pytest.raises(ValueError, match="needs steps with positive times"):
             fit_calibration("h100", classes_s, times_s, {})
+
+
+def test_traces_by_cause_determine_each_class_even_with_one_step():
+    step_s = measured(STEPS[1])
+    # Two steps' trace, in which a tenth of the time has no cause or is idle.
+    part = lambda name, share: 2 * 0.9 * share * STEPS[1][name] / EFFICIENCY[name]
+    by_cause_s = {
+        "products, forward": part("products", 0.4),
+        "products, backward": part("products", 0.6),
+        "attention": part("attention", 1.0),
+        "copies": part("memory", 0.1),
+        "element-wise and reductions, optimizer": part("memory", 0.9),
+        "not in the step's program": 0.01,
+    }
+    traced_s = classes_of_causes(by_cause_s, step_s)
+    assert sum(traced_s.values()) == pytest.approx(step_s)
+    fitted = calibrate_by_traces("h100", STEPS[1:2], [traced_s], {})
+    assert fitted.efficiency == pytest.approx(EFFICIENCY) and fitted.largest_error < 1e-9
+    assert "from traces by cause" in fitted.describe()
+    assert classes_of_causes({"not in the step's program": 1.0}, step_s) == {}
 
 
 def test_only_a_measured_calibration_of_the_same_chip_is_read(tmp_path):

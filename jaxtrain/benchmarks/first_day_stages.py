@@ -65,21 +65,22 @@ STAGES = (
         "training.jsonl",
     ),
     Stage(
-        "plan",
-        10,
-        # It compiles for the card but must not take it, so JAX has to see the variable first.
-        f"env JAX_PLATFORMS=cpu {_BENCHMARKS}plan_check {{dir}} --minutes={{minutes}}",
-        "--tiny",
-        "plan.json",
-        reads="training.jsonl",
-    ),
-    Stage(
         "profile",
         3,
         "{python} -m jaxtrain.profile {dir}/traces --json={dir}/profile.jsonl",
         "",
         "profile.jsonl",
         reads="traces",
+    ),
+    Stage(
+        "plan",
+        10,
+        # It compiles for the card but must not take it, so JAX has to see the variable first. It
+        # also reads profile.jsonl.
+        f"env JAX_PLATFORMS=cpu {_BENCHMARKS}plan_check {{dir}} --minutes={{minutes}}",
+        "--tiny",
+        "plan.json",
+        reads="training.jsonl",
     ),
 )
 

@@ -22,7 +22,11 @@ from jaxtrain.benchmarks.processor import provenance
 from jaxtrain.file_errors import exit_on_file_error
 from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.ops.precision import resolve_dtype_for_chip
-from jaxtrain.planning.calibration import fit_calibration
+from jaxtrain.planning.calibration import (
+    calibrate_by_traces,
+    classes_of_causes,
+    fit_calibration,
+)
 from jaxtrain.planning.hardware import build_hardware
 from jaxtrain.planning.search import compiled_figures
 from jaxtrain.training.remat import with_remat
@@ -81,6 +85,18 @@ def compare_step(row: Row, chip: Chip, cache: Path) -> Row:
     } | ({"tiny": True} if tiny else {})
 
 
+def traced_classes(folder: Path, row: Row) -> dict[str, float]:
+    """Returns a step's measured seconds by class, from the stage profile; {} without its trace."""
+    path = folder / "profile.jsonl"
+    size, optimizer = row["case"].split()
+    half = "_half" * bool(row.get("half"))
+    name = f"{size}_{optimizer}_{row['variant']}_{row['what']}{half}"
+    for trace in read_rows(path) if path.exists() else []:
+        if trace.get("trace") == name:
+            return classes_of_causes(trace["by_cause_s"], row["step_s"])
+    return {}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("python -m jaxtrain.benchmarks.plan_check", __doc__)
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder of suite first-day")
@@ -120,8 +136,13 @@ def check_folder(folder: Path, until_s: float, tiny: bool) -> None:
             return
         result["rows"].append(compare_step(step, chip, folder / "plans"))
     classes_s = [row["class_s"] for row in result["rows"]]
-    measured_s = [row["measured_s"] for row in result["rows"]]
-    fitted = fit_calibration(chip.name, classes_s, measured_s, about)
+    all_traced_s = [traced_classes(folder, step) for step in steps]
+    pairs = [pair for pair in zip(classes_s, all_traced_s, strict=True) if pair[1]]
+    if pairs:
+        fitted = calibrate_by_traces(chip.name, *zip(*pairs, strict=True), about)
+    else:
+        measured_s = [row["measured_s"] for row in result["rows"]]
+        fitted = fit_calibration(chip.name, classes_s, measured_s, about)
     for row in result["rows"]:
         row["calibrated_s"] = fitted.seconds(row["class_s"])
     write("calibration.json", fitted._asdict() | trial)

@@ -6,6 +6,9 @@ from pallas_kernels.hlo import Program, Work
 
 # What limits an instruction's time, for the roofline: see jaxtrain.metrics.mfu.Roofline.
 CLASSES = PRODUCTS, ATTENTION, MEMORY = "products", "attention", "memory"
+COLLECTIVES, OTHER_KERNELS, COPIES = "collectives", "other kernels", "copies"
+ELEMENT_WISE = "element-wise and reductions"
+KINDS = PRODUCTS, ATTENTION, COLLECTIVES, OTHER_KERNELS, COPIES, ELEMENT_WISE  # of instructions
 _COLLECTIVE = re.compile(r"all-|reduce-scatter|collective-|send|recv")
 _ATTENTION = re.compile(r"flash_attention_|fmha")  # our kernels, and cuDNN's custom call
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -15,16 +18,14 @@ def kind_of(work: Work) -> str:
     """Returns what an instruction is: products, attention, collectives, copies and so on."""
     i = work.instruction
     if _COLLECTIVE.match(i.op):
-        return "collectives"
+        return COLLECTIVES
     if i.op == "custom-call" and _ATTENTION.search(i.rest):
         return ATTENTION
     if work.flops:
         return PRODUCTS
     if i.op == "custom-call":
-        return "other kernels"
-    return (
-        "copies" if i.op in ("copy", "copy-start", "transpose") else "element-wise and reductions"
-    )
+        return OTHER_KERNELS
+    return COPIES if i.op in ("copy", "copy-start", "transpose") else ELEMENT_WISE
 
 
 def part_of(work: Work) -> str:

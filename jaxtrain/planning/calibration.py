@@ -1,8 +1,9 @@
 """Efficiencies that turn a plan's lower bound into a time, fitted to steps measured on a card.
 
 A plan knows the least time of a step's matrix products, of attention and of what memory limits. On
-a card each class reaches some share of the data sheet's peak. Suite first-day fits these shares to
-the steps that it measured and stores them in a JSON file, which `jaxtrain plan --calibrated` reads.
+a card each class reaches some share of the data sheet's peak. Suite first-day computes these shares
+from the traces of the steps that it measured, or without traces fits them to the steps' times, and
+stores them in a JSON file, which `jaxtrain plan --calibrated` reads.
 """
 
 import json
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 from scipy.optimize import lsq_linear
 
-from jaxtrain.metrics.work_kinds import CLASSES
+from jaxtrain.metrics.work_kinds import CLASSES, KINDS, MEMORY
 from pallas_kernels.chip import Chip
 from pallas_kernels.kernel_choice import minor_series
 
@@ -56,6 +57,54 @@ class Calibration(NamedTuple):
             f"{'s' * (self.steps != 1)} measured on {self.about.get('card', self.chip)}{version}, "
             f"{self.about.get('date', 'without a date')}, to {self.largest_error:.0%}{notes}"
         )
+
+
+def classes_of_causes(by_cause_s: Mapping[str, float], step_s: float) -> dict[str, float]:
+    """Returns a step's measured seconds by class.
+
+    The rest of the step, when the device was idle or did what has no cause, is shared by all
+    classes in proportion.
+
+    Args:
+        by_cause_s: a trace's seconds by cause, as `jaxtrain profile --json` writes them, of any
+            number of steps.
+        step_s: the time of one step.
+    """
+    seconds = dict.fromkeys(CLASSES, 0.0)
+    for cause, cause_s in by_cause_s.items():
+        kind, is_known = cause.partition(",")[0], cause.partition(",")[0] in KINDS
+        if is_known:
+            seconds[kind if kind in CLASSES else MEMORY] += cause_s
+    known_s = sum(seconds.values())
+    return {name: s * step_s / known_s for name, s in seconds.items()} if known_s else {}
+
+
+def calibrate_by_traces(
+    chip: str,
+    classes_s: Sequence[Mapping[str, float]],
+    traced_s: Sequence[Mapping[str, float]],
+    about: dict[str, Any],
+) -> Calibration:
+    """Returns the shares of the peak that each class reached in all traced steps together.
+
+    Args:
+        classes_s: the least time of each step by class, in seconds; at least one step.
+        traced_s: the measured time of each step by class, from classes_of_causes.
+    """
+    total = lambda steps, name: sum(step.get(name, 0.0) for step in steps)
+    efficiency = {
+        name: min(total(classes_s, name) / total(traced_s, name), 1.0)
+        for name in CLASSES
+        if total(classes_s, name) and total(traced_s, name)
+    }
+    missing = [name for name in CLASSES if name not in efficiency]
+    notes = [f"not in these steps, so taken at the peak: {', '.join(missing)}"] if missing else []
+    found = Calibration(chip, efficiency, 0.0, (), len(classes_s), dict(about))
+    errors = [
+        abs(found.seconds(least) / sum(traced.values()) - 1)
+        for least, traced in zip(classes_s, traced_s, strict=True)
+    ]
+    return found._replace(notes=("from traces by cause", *notes), largest_error=max(errors))
 
 
 def fit_calibration(
