@@ -95,6 +95,7 @@ def _parse_instruction(line) -> Instruction | None:
     return Instruction(name, opcode[1], result, operands, right[closed + 1 :], bool(root))
 
 
+SLICES = "dynamic-slice", "gather"  # instructions that read a part of their first operand
 # Instructions that write a part of their first operand -> the operand with what they write.
 IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}
 
@@ -144,7 +145,7 @@ class Program:
         ]
 
     def _bytes(self, i, types):
-        if i.op == "dynamic-slice":
+        if i.op in SLICES:
             return 2 * bytes_of(i.result)
         if i.op in IN_PLACE:
             return sum(bytes_of(types[name]) for name in i.operands[1:]) + _written(i, types)
@@ -167,7 +168,7 @@ class Program:
             if j.op == "parameter":
                 users = [user for user in inside if j.name in user.operands]
                 if users and all(_slices(user, j.name) for user in users):
-                    total += sum(bytes_of(u.result) for u in users if u.op == "dynamic-slice")
+                    total += sum(bytes_of(u.result) for u in users if u.op in SLICES)
                 else:
                     total += bytes_of(j.result)
             if j.is_root:
@@ -201,7 +202,7 @@ def _written(i, types) -> int:
 
 def _slices(user, name) -> bool:
     """Returns whether an instruction reads a part of `name`, or writes one into it."""
-    return user.op in ("dynamic-slice", *IN_PLACE) and user.operands[0] == name
+    return user.op in (*SLICES, *IN_PLACE) and user.operands[0] == name
 
 
 def _dot_flops(i, types):

@@ -157,6 +157,27 @@ def test_a_fusion_that_slices_an_operand_reads_only_the_slice(form):
     assert work.hbm_bytes == 2 * 64 * 4 + 4  # the slice read and written, and its index
 
 
+GATHERED = """
+%rows (p: bf16[50304,768], i: s32[8,1]) -> f32[8,768] {
+  %p = bf16[50304,768]{1,0} parameter(0)
+  %i = s32[8,1]{1,0} parameter(1)
+  %g = bf16[8,768]{1,0} gather(%p, %i), offset_dims={1}, slice_sizes={1,768}
+  ROOT %c = f32[8,768]{1,0} convert(%g)
+}
+
+ENTRY %main (x: bf16[50304,768], i: s32[8,1]) -> f32[8,768] {
+  %x = bf16[50304,768]{1,0} parameter(0)
+  %i = s32[8,1]{1,0} parameter(1)
+  ROOT %y = f32[8,768]{1,0} fusion(%x, %i), kind=kLoop, calls=%rows
+}
+"""
+
+
+def test_a_gather_reads_only_its_rows():
+    (work,) = Program(GATHERED).work()
+    assert work.hbm_bytes == 8 * 768 * 2 + 8 * 4 + 8 * 768 * 4  # rows, indices, the result
+
+
 SCATTERED = """
 %changed (p: bf16[8,4096], i: s32[8,2], u: f32[8]) -> bf16[8,4096] {
   %p = bf16[8,4096]{1,0} parameter(0)
