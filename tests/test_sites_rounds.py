@@ -47,7 +47,9 @@ def train_alone(built):
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"delay": 1, "fragments": 2}], ids=["waiting", "delayed fragments"]
+    "values",
+    [{}, {"delay": 1, "fragments": 2}, {"delay": 1, "eager": True}],
+    ids=["waiting", "delayed fragments", "eager"],
 )
 def test_one_site_with_rate_1_and_no_momentum_is_bitwise_the_run_without_an_exchange(
     accelerated, values
@@ -131,9 +133,12 @@ def test_the_iterate_is_exchanged_and_the_offset_of_the_look_ahead_point_stays(a
     assert (params == a.weights()).all()
 
 
-def test_a_late_round_is_applied_later_and_replayed_at_the_recorded_step(accelerated, tmp_path):
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_late_round_is_applied_later_and_replayed_at_the_recorded_step(
+    accelerated, tmp_path, eager
+):
     """Site 1's codes do not arrive before step 6: the run goes on, and looks after each period."""
-    values = dict(period=2, delay=1, codec="int8", rate=0.7, momentum=0.6, grace=3)
+    values = dict(period=2, delay=1, codec="int8", rate=0.7, momentum=0.6, grace=3, eager=eager)
     hub = Hub(2)
     hub.withheld.add(1)
 
@@ -173,7 +178,10 @@ def test_a_late_round_is_applied_later_and_replayed_at_the_recorded_step(acceler
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"delay": 1, "fragments": 2, "codec": "int4"}], ids=["waiting", "delayed"]
+    "values",
+    [{}]
+    + [{"delay": 1, "fragments": 2, "codec": "int4", "eager": eager} for eager in (False, True)],
+    ids=["waiting", "delayed", "eager"],
 )
 def test_a_run_that_is_resumed_in_the_middle_of_an_exchange_ends_with_the_same_bits(
     accelerated, values

@@ -154,6 +154,11 @@ class SitesConfig(Section):
         unit="steps",
         low=0,
     )
+    eager: bool = knob(
+        False,
+        "during a delay, train on from where the outer step along this site's share of the mean "
+        "change leads, until the result replaces it",
+    )
     rate: float = knob(
         0.7, "factor of the sites' mean change; 1, without momentum, averages weights", low=0.0
     )

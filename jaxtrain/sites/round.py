@@ -20,6 +20,7 @@ from jaxtrain.sites import BLOCK
 from jaxtrain.sites.checksum import combine_crc32
 from jaxtrain.sites.codec import CODECS, Codec, NonFiniteDelta
 from jaxtrain.sites.decisions import Decision
+from jaxtrain.sites.eager import eager_offset, eager_slope, eager_step
 from jaxtrain.sites.errors import Disagreement
 from jaxtrain.sites.fragments import DeviceLayout, Programs
 from jaxtrain.sites.layout import Link
@@ -27,6 +28,7 @@ from jaxtrain.sites.ledger import Round
 from jaxtrain.sites.outer import encode_with_feedback, outer_step
 
 POLL_S = 1.0  # between two looks at signals while waiting
+NOTHING = np.empty(0, np.float32)
 
 
 class Codes(Protocol):
@@ -57,6 +59,8 @@ class Outcome(NamedTuple):
     codes: dict[str, np.ndarray]  # of each site that took part, of the blocks of this process
     tokens: dict[str, int]  # of each site that took part
     arrived: Any  # Arrived of the exchange
+    offset: np.ndarray = NOTHING  # of the next eager step; empty without
+    slope: float = 0.0
 
 
 class Pending(NamedTuple):
@@ -77,6 +81,8 @@ class Outer:
         round: number of the newest round that was started, from 1.
         step: after which it was started.
         tokens: that this site trained on before it, since the start of the round before.
+        offset, slope: of the eager step that is taken at the start of the next round, or was at
+            the start of the pending one (jaxtrain/sites/eager.py); empty without.
     """
 
     reference: np.ndarray
@@ -86,6 +92,24 @@ class Outer:
     step: int = 0
     tokens: int = 0
     pending: Pending | None = None
+    offset: np.ndarray = dataclasses.field(default_factory=NOTHING.copy)
+    slope: float = 0.0
+
+    def plan_eager_step(self, cfg: SitesConfig, share: float) -> None:
+        """Sets offset and slope to those for the current reference and momentum.
+
+        Args:
+            share: this site's share of all sites' tokens.
+        """
+        self.offset, self.slope = eager_terms(cfg, self.reference, self.momentum, share)
+
+    def start_weights(self) -> np.ndarray:
+        """Returns the weights that training continued from when the pending round had started."""
+        assert self.pending is not None
+        weights = self.pending.weights.result()
+        if self.offset.size:
+            weights = weights + eager_step(self.offset, self.slope, weights)
+        return weights
 
     @property
     def applied(self) -> int:
@@ -110,6 +134,16 @@ class Places(NamedTuple):
     site: int
     steps: int
     step_tokens: int
+
+
+def eager_terms(
+    cfg: SitesConfig, reference: np.ndarray, momentum: np.ndarray, share: float
+) -> tuple[np.ndarray, float]:
+    """Returns the offset and the slope of the next eager step; an empty offset without one."""
+    if not cfg.eager:
+        return NOTHING, 0.0
+    slope = eager_slope(share, cfg.rate, cfg.momentum)
+    return eager_offset(reference, momentum, slope, cfg.momentum), slope
 
 
 def run_round(
@@ -173,8 +207,11 @@ def run_round(
     _check_finite(codec, others, reference, f"round {outer.round} of fragment {f}")
     for vector in filter(len, (reference, momentum, error)):
         layout.clear_padding(vector)
+    share = outer.tokens / sum(tokens[k] for k in order)
+    eager = eager_terms(cfg, reference, momentum, share)
     by_name = lambda values: {places.names[k]: values[k] for k in order}
-    return Outcome(reference, momentum, error, by_name(codes), by_name(tokens), arrived)
+    by_site = by_name(codes), by_name(tokens)
+    return Outcome(reference, momentum, error, *by_site, arrived, *eager)
 
 
 def _check_finite(
