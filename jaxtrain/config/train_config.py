@@ -180,7 +180,7 @@ class TrainConfig(Section):
         if sites.delay >= sites.period:
             sites.fail("delay", f"must be below sites.period={sites.period}")
         if sites.eager and not sites.delay:
-            sites.fail("eager", "must be false with sites.delay=0: a result that is waited for")
+            sites.fail("eager", "must be false with sites.delay=0, which waits for the result")
         if optim.tail_average:
             optim.fail("tail_average", "must be 0 with sites.period, as it would differ by site")
         if optim.name == "muown":  # its state repeats the rows' lengths
