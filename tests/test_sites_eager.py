@@ -1,5 +1,7 @@
 """The eager step during a delay: its arithmetic, and that only the site's own weights know it."""
 
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -11,7 +13,7 @@ from jaxtrain.sites import BLOCK
 from jaxtrain.sites.codec import CODECS
 from jaxtrain.sites.decisions import Decision
 from jaxtrain.sites.eager import eager_offset, eager_slope, eager_step
-from jaxtrain.sites.outer import nesterov, outer_step
+from jaxtrain.sites.outer import difference_from_mean, nesterov, outer_step
 from jaxtrain.sites.rejoin import Return
 
 RNG = np.random.default_rng(0)
@@ -51,16 +53,18 @@ def test_the_eager_step_of_one_site_is_the_true_one_and_is_none_where_weights_ar
     assert eager_slope(1.0, 1.0, 0.0) == 0
 
 
-@pytest.mark.parametrize("eager", [False, True])
-def test_a_difference_between_two_sites_dies_out_where_training_reaches_the_optimum(eager):
+@pytest.mark.parametrize(("eager", "blend"), [(False, 0.0), (True, 0.0), (False, 0.5)])
+def test_a_difference_between_two_sites_dies_out_where_training_reaches_the_optimum(eager, blend):
     """Training from weights e, most of it during the delay, ends at the optimum, 0: it adds -e."""
-    reference, starts = np.zeros(BLOCK, np.float32), [vector(1), vector(1)]
+    codec, reference = CODECS["float32"], np.zeros(BLOCK, np.float32)
+    starts, kept = [vector(1), vector(1)], [0, 0]
     for _ in range(24):
-        thetas = [reference - e for e in starts]
-        average = (thetas[0].astype(float) + thetas[1]) / 2
+        thetas = [reference - e + x for e, x in zip(starts, kept, strict=True)]
+        codes = [codec.encode(theta) for theta in thetas]
+        kept = [blend * difference_from_mean(codec, codes, [1, 1], k, BLOCK) for k in range(2)]
         starts = [take_step(x, reference, NONE, 0.5, 1.0, 0.0) if eager else x for x in thetas]
-        reference, _ = nesterov(reference, NONE, average, 1.0, 0.0)
-    assert (np.abs(starts[0] - starts[1]).max() < 1e-3) == eager
+        reference, _ = outer_step(codec, codes, [1, 1], reference, NONE, 1.0, 0.0)
+    assert (np.abs(starts[0] - starts[1]).max() < 1e-3) == bool(eager or blend)
     assert np.abs(reference).max() < 1e-3
 
 
@@ -74,6 +78,7 @@ def build_still(text):
     return build(text, optax.with_extra_args_support(optax.sgd(0.0)))
 
 
+@functools.cache
 def train_at_constant_speed(text, **values):
     """Returns site 0 and its weights after each step.
 
@@ -117,6 +122,21 @@ def test_a_result_replaces_the_eager_step_and_outer_steps_stay_those_of_a_plain_
         if step % PERIOD == DELAY - 1:  # the result comes next
             mean = (1 * own + 2 * 2 * own) / 3
             momentum, share = MU * momentum - RATE * mean, 1 / 3
+
+
+@pytest.mark.parametrize("codec", ["float32", "int8"])
+def test_a_site_keeps_a_share_of_its_difference_and_the_mean_stays(text, codec):
+    atol = 2e-6 if codec == "float32" else 1e-3
+    late, late_weights = train_at_constant_speed(text, codec=codec)
+    blend, weights = train_at_constant_speed(text, codec=codec, blend=0.5)
+    assert_close(late.rounds.outer[0].reference, blend.rounds.outer[0].reference, atol)
+    own, apart, kept = PERIOD / 64, 0.0, 0.0
+    for step in range(STEPS - 1):
+        if step >= PERIOD and step % PERIOD == 0:  # site 1 moves twice as fast: 5 / 3 on average
+            apart = own - 5 / 3 * own + kept
+        elif step >= PERIOD and step % PERIOD == DELAY:
+            kept = 0.5 * apart
+        assert_close(weights[step] - late_weights[step], kept, atol)
 
 
 def test_a_site_that_took_over_a_state_steps_from_there(text):

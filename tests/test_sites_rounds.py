@@ -48,7 +48,7 @@ def train_alone(built):
 
 @pytest.mark.parametrize(
     "values",
-    [{}, {"delay": 1, "fragments": 2}, {"delay": 1, "eager": True}],
+    [{}, {"delay": 1, "fragments": 2, "blend": 0.5}, {"delay": 1, "eager": True}],
     ids=["waiting", "delayed fragments", "eager"],
 )
 def test_one_site_with_rate_1_and_no_momentum_is_bitwise_the_run_without_an_exchange(
@@ -180,7 +180,10 @@ def test_a_late_round_is_applied_later_and_replayed_at_the_recorded_step(
 @pytest.mark.parametrize(
     "values",
     [{}]
-    + [{"delay": 1, "fragments": 2, "codec": "int4", "eager": eager} for eager in (False, True)],
+    + [
+        {"delay": 1, "fragments": 2, "codec": "int4", **more}
+        for more in ({"blend": 0.5}, {"eager": True})
+    ],
     ids=["waiting", "delayed", "eager"],
 )
 def test_a_run_that_is_resumed_in_the_middle_of_an_exchange_ends_with_the_same_bits(

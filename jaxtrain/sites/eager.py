@@ -30,8 +30,9 @@ outer optimizer of its own, which takes the site's part at once and the others' 
 
 import numpy as np
 
+from jaxtrain.config.run_sections import SitesConfig
 from jaxtrain.sites import BLOCK
-from jaxtrain.sites.outer import CHUNK
+from jaxtrain.sites.outer import CHUNK, NOTHING
 
 
 def eager_slope(share: float, rate: float, mu: float) -> float:
@@ -63,3 +64,13 @@ def eager_offset(
 def eager_step(offset: np.ndarray, slope: float, weights: np.ndarray) -> np.ndarray:
     """Returns eager - theta, as it was added to the weights theta on the devices: float32 [n]."""
     return offset + np.float32(slope) * weights
+
+
+def eager_terms(
+    cfg: SitesConfig, reference: np.ndarray, momentum: np.ndarray, share: float
+) -> tuple[np.ndarray, float]:
+    """Returns the offset and the slope of the next eager step; an empty offset without one."""
+    if not cfg.eager:
+        return NOTHING, 0.0
+    slope = eager_slope(share, cfg.rate, cfg.momentum)
+    return eager_offset(reference, momentum, slope, cfg.momentum), slope

@@ -26,6 +26,7 @@ import numpy as np
 from jaxtrain.sites import BLOCK
 from jaxtrain.sites.codec import Codec
 
+NOTHING = np.empty(0, np.float32)
 CHUNK = 128  # blocks computed at a time, so that float64 temporaries stay small
 
 
@@ -104,6 +105,30 @@ def outer_step(
         new = nesterov(reference[part], momentum[part], average, rate, mu)
         new_reference[part], new_momentum[part] = new
     return new_reference, new_momentum
+
+
+def difference_from_mean(
+    codec: Codec, codes: Sequence[np.ndarray], tokens: Sequence[int], site: int, n: int
+) -> np.ndarray:
+    """Returns the weights of one site minus the sites' weighted mean, float32 [n].
+
+    Both are those that the codes stand for. So the weighted mean over all sites is 0.
+
+    Args:
+        codes, tokens: of each participating site, as in outer_step.
+        site: index of the site among these.
+    """
+    difference = np.empty(n, np.float32)
+    for start in range(0, n, CHUNK * BLOCK):
+        size = min(CHUNK * BLOCK, n - start)
+        part, coded = (
+            slice(start, start + size),
+            slice(*map(codec.code_bytes, (start, start + size))),
+        )
+        decoded = [codec.decode(code[coded], size) for code in codes]
+        apart = decoded[site] - weighted_mean(decoded, tokens)
+        difference[part] = apart if codec.lossless else -apart  # lossy codes have reference - theta
+    return difference
 
 
 def encode_with_feedback(

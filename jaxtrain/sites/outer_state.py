@@ -18,7 +18,7 @@ from jaxtrain.sites.eager import eager_offset
 from jaxtrain.sites.rounds import Rounds
 
 NAME = "sites"  # of the outer state among the leaves of a checkpoint
-SAME = ("period", "fragments", "codec", "rate", "momentum", "error_decay", "eager")
+SAME = ("period", "fragments", "codec", "rate", "momentum", "error_decay", "eager", "blend")
 
 
 def check_same_rounds(cfg: SitesConfig, stored: Mapping[str, Any]) -> None:

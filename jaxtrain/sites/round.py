@@ -20,15 +20,19 @@ from jaxtrain.sites import BLOCK
 from jaxtrain.sites.checksum import combine_crc32
 from jaxtrain.sites.codec import CODECS, Codec, NonFiniteDelta
 from jaxtrain.sites.decisions import Decision
-from jaxtrain.sites.eager import eager_offset, eager_slope, eager_step
+from jaxtrain.sites.eager import eager_step, eager_terms
 from jaxtrain.sites.errors import Disagreement
 from jaxtrain.sites.fragments import DeviceLayout, Programs
 from jaxtrain.sites.layout import Link
 from jaxtrain.sites.ledger import Round
-from jaxtrain.sites.outer import encode_with_feedback, outer_step
+from jaxtrain.sites.outer import (
+    NOTHING,
+    difference_from_mean,
+    encode_with_feedback,
+    outer_step,
+)
 
 POLL_S = 1.0  # between two looks at signals while waiting
-NOTHING = np.empty(0, np.float32)
 
 
 class Codes(Protocol):
@@ -61,6 +65,7 @@ class Outcome(NamedTuple):
     arrived: Any  # Arrived of the exchange
     offset: np.ndarray = NOTHING  # of the next eager step; empty without
     slope: float = 0.0
+    kept: np.ndarray = NOTHING  # what this site keeps of its difference from the mean; may be empty
 
 
 class Pending(NamedTuple):
@@ -136,16 +141,6 @@ class Places(NamedTuple):
     step_tokens: int
 
 
-def eager_terms(
-    cfg: SitesConfig, reference: np.ndarray, momentum: np.ndarray, share: float
-) -> tuple[np.ndarray, float]:
-    """Returns the offset and the slope of the next eager step; an empty offset without one."""
-    if not cfg.eager:
-        return NOTHING, 0.0
-    slope = eager_slope(share, cfg.rate, cfg.momentum)
-    return eager_offset(reference, momentum, slope, cfg.momentum), slope
-
-
 def run_round(
     cfg: SitesConfig,
     places: Places,
@@ -200,18 +195,21 @@ def run_round(
             codes[site][cut(links[i], size)] = np.frombuffer(part, np.uint8)
     order = sorted(arrived.participants)
     args = outer.reference, outer.momentum, cfg.rate, cfg.momentum
-    reference, momentum = outer_step(
-        codec, [codes[k] for k in order], [tokens[k] for k in order], *args
-    )
+    in_order = [codes[k] for k in order], [tokens[k] for k in order]
+    reference, momentum = outer_step(codec, *in_order, *args)
     others = {places.names[k]: codes[k] for k in order if k != places.site}
     _check_finite(codec, others, reference, f"round {outer.round} of fragment {f}")
     for vector in filter(len, (reference, momentum, error)):
         layout.clear_padding(vector)
-    share = outer.tokens / sum(tokens[k] for k in order)
-    eager = eager_terms(cfg, reference, momentum, share)
+    eager = eager_terms(cfg, reference, momentum, outer.tokens / sum(in_order[1]))
+    kept = NOTHING
+    if cfg.delay and cfg.blend:
+        own = order.index(places.site)
+        kept = difference_from_mean(codec, *in_order, own, reference.size)
+        kept = layout.clear_padding(np.float32(cfg.blend) * kept)
     by_name = lambda values: {places.names[k]: values[k] for k in order}
     by_site = by_name(codes), by_name(tokens)
-    return Outcome(reference, momentum, error, *by_site, arrived, *eager)
+    return Outcome(reference, momentum, error, *by_site, arrived, *eager, kept)
 
 
 def _check_finite(

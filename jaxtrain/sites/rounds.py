@@ -6,8 +6,9 @@ After sites.delay further steps the loop applies the result:
     delay 0        weights = reference: all sites continue from the same bits
     delay above 0  weights = weights + (reference - weights at the round's start)
 
-With sites.eager a round starts with the part of its result that this site knows (`eager.py`). Then
-the weights at the round's start are those after this step, so that the result replaces it.
+With sites.blend a site keeps a share of its difference from the sites' mean at the round's start;
+the mean of what the sites keep is 0. With sites.eager a round starts with the part of its result
+that this site knows (`eager.py`), and the weights at the round's start are those after this step.
 
 If a delayed round is not complete by then, training goes on and looks again after each further
 period, up to sites.grace of them; then it waits. When a round is applied may thus differ between
@@ -290,6 +291,8 @@ class Rounds:
         vector, mode = outcome.reference, "replace" if step == outer.step else "move"
         if mode == "move":
             vector = vector - outer.start_weights()
+            if outcome.kept.size:
+                vector += outcome.kept
         elif step == self.places.steps and outer.round == self._owed(f, step):
             mode = "settle"
         outer.reference, outer.momentum, outer.error = outcome[:3]
