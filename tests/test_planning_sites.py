@@ -15,10 +15,10 @@ FLAGS = {"sites": ["8xa40", "8xh100"], "network": "", "link_mbit": 100.0, "link_
 FLAGS |= {"step_s": ["2.0"], "json": True}
 
 
-def plan(capsys, period=30, fragments=1, delay=0, eager=False, **flags):
+def plan(capsys, period=30, fragments=1, delay=0, eager=False, blend=0.0, **flags):
     config = debug.get_config()
     config.steps, config.save_every = 600, 100
-    config.sites.update(period=period, fragments=fragments, delay=delay, eager=eager)
+    config.sites.update(period=period, fragments=fragments, delay=delay, eager=eager, blend=blend)
     assert plan_sites(freeze(config), SimpleNamespace(**FLAGS | flags)) == 0
     return capsys.readouterr().out
 
@@ -40,12 +40,11 @@ def test_the_plan_has_each_codecs_exact_bytes_and_both_shares_of_the_time(capsys
     expected = 32 * found["parameters"] + 3 * rows["int4"]["round_bytes"]
     assert rows["int4"]["host_bytes"] == pytest.approx([expected] * 2)
     # An eager step adds its offset, which exists twice while the next one is computed.
-    eager = json.loads(plan(capsys, delay=29, eager=True))["codecs"]
-    for row in eager:
-        more = [8 * found["parameters"]] * 2
-        assert np.subtract(row["host_bytes"], rows[row["codec"]]["host_bytes"]) == pytest.approx(
-            more
-        )
+    for values, vectors in (({"eager": True}, 2), ({"blend": 0.5}, 1)):
+        more = [4 * vectors * found["parameters"]] * 2
+        for row in json.loads(plan(capsys, delay=29, **values))["codecs"]:
+            difference = np.subtract(row["host_bytes"], rows[row["codec"]]["host_bytes"])
+            assert difference == pytest.approx(more)
     # With save_every=100 and keep_last=2, 10 rounds in 300 steps, a pending one and an own code.
     assert rows["int4"]["disk_bytes"] == [12 * rows["int4"]["round_bytes"]] * 2
     every_step = json.loads(plan(capsys, period=1))  # leaves no time to hide anything

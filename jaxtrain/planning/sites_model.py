@@ -36,7 +36,8 @@ class Schedule(NamedTuple):
     period: int  # steps between two rounds of a fragment
     delay: int  # steps from a round's start to its application; 0: the site waits
     fragments: Sequence[float]  # each one's share of the parameters
-    eager: bool = False  # whether there is an eager step
+    eager: bool = False  # whether there are eager steps
+    blend: bool = False  # whether sites keep a share of their differences
 
 
 def nominal_link(mbit_per_s: float, round_trip_ms: float) -> SitesLink:
@@ -167,12 +168,13 @@ def outer_bytes(
 
     Each parameter has a reference, a momentum, with a lossy code an error, and with sites.eager an
     offset, all in float32. While a fragment is exchanged, these exist twice, together with the
-    weights that it started from, what is encoded of them, the codes of all sites, and a second copy
-    of this site's code for sending. Source: run_round in jaxtrain/sites/round.py.
+    weights that it started from, with sites.blend what the site keeps of them, what is encoded of
+    them, the codes of all sites, and a second copy of this site's code for sending. Source:
+    run_round in jaxtrain/sites/round.py.
     """
     gap = schedule.period / len(schedule.fragments)
     at_once = min(len(schedule.fragments), max(1, math.ceil(schedule.delay / gap)))
     share = min(1.0, max(schedule.fragments) * at_once)
     kept, exchanged = (2, 3) if lossless else (3, 5)
-    vectors = kept + schedule.eager + share * (exchanged + schedule.eager)
+    vectors = kept + schedule.eager + share * (exchanged + schedule.eager + schedule.blend)
     return FLOAT_BYTES * parameters * vectors + share * (sites + 1) * code_bytes
