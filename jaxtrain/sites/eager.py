@@ -17,12 +17,10 @@ eager - theta is linear in theta. With offset and slope, which are known before 
 
 so the devices need not wait for the host.
 
-Why not the whole change of this site, as with a plain delay: where the weights of a site have come
-to rest, training takes back what the last round left them apart from the reference. After a delay
-it does so from weights one round old. A difference between two sites then comes back with the
-opposite sign in the next round, and nothing damps it; a share of 1 / 2 halves it. Why no estimate
-of the other sites' new changes, such as their last ones: the reference has these already, and with
-them twice the rounds oscillate (docs/sites.md).
+With a plain delay a site trains on with the whole of its own change. Where training then takes back
+a difference between two sites, and the result does so too, the difference returns with the opposite
+sign in the next round, and nothing damps it. A share of 1 / 2 halves it each time. The other sites'
+last changes are no part of the step, because the reference has them already.
 
 Source: Kale, Douillard and Donchev 2025, https://arxiv.org/abs/2502.12996. There each site has an
 outer optimizer of its own, which takes the site's part at once and the others' with its next step.
