@@ -78,13 +78,6 @@ RUNS |= {
     | {"sites.delay": delay, "sites.blend": blend}
     for delay, blend in ((29, 0.5), (5, 0.5), (29, 0.7))
 }
-EAGER = DELAYED | {"sites.eager": True}
-RUNS |= {
-    f"period {PERIOD}, delay {delay}, eager": EAGER | {"sites.delay": delay} for delay in (29, 5)
-}
-for rate, momentum in ((1.0, 0.0), (0.7, 0.3)):
-    own = {"sites.rate": rate, "sites.momentum": momentum}
-    RUNS |= {f"period {PERIOD}, delay 29, eager, rate {rate}, momentum {momentum}": EAGER | own}
 FASTER = {"optim.learning_rate": 0.02}
 RUNS |= {f"period {PERIOD}, learning rate 0.02": {"sites.period": PERIOD} | FASTER}
 RUNS |= {"learning rate 0.02": FASTER}

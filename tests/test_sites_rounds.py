@@ -20,6 +20,7 @@ from jaxtrain.sites.start import finish
 from jaxtrain.training.loop import Loop
 
 STEPS = 8
+DELAYED = {"delay": 1, "fragments": 2}
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +49,8 @@ def train_alone(built):
 
 @pytest.mark.parametrize(
     "values",
-    [{}, {"delay": 1, "fragments": 2, "blend": 0.5}, {"delay": 1, "eager": True}],
-    ids=["waiting", "delayed fragments", "eager"],
+    [{}, DELAYED, DELAYED | {"blend": 0.5}],
+    ids=["waiting", "delayed fragments", "blend"],
 )
 def test_one_site_with_rate_1_and_no_momentum_is_bitwise_the_run_without_an_exchange(
     accelerated, values
@@ -133,12 +134,9 @@ def test_the_iterate_is_exchanged_and_the_offset_of_the_look_ahead_point_stays(a
     assert (params == a.weights()).all()
 
 
-@pytest.mark.parametrize("eager", [False, True])
-def test_a_late_round_is_applied_later_and_replayed_at_the_recorded_step(
-    accelerated, tmp_path, eager
-):
+def test_a_late_round_is_applied_later_and_replayed_at_the_recorded_step(accelerated, tmp_path):
     """Site 1's codes do not arrive before step 6: the run goes on, and looks after each period."""
-    values = dict(period=2, delay=1, codec="int8", rate=0.7, momentum=0.6, grace=3, eager=eager)
+    values = dict(period=2, delay=1, codec="int8", rate=0.7, momentum=0.6, grace=3)
     hub = Hub(2)
     hub.withheld.add(1)
 
@@ -179,12 +177,8 @@ def test_a_late_round_is_applied_later_and_replayed_at_the_recorded_step(
 
 @pytest.mark.parametrize(
     "values",
-    [{}]
-    + [
-        {"delay": 1, "fragments": 2, "codec": "int4", **more}
-        for more in ({"blend": 0.5}, {"eager": True})
-    ],
-    ids=["waiting", "delayed", "eager"],
+    [{}, DELAYED | {"codec": "int4"}, DELAYED | {"codec": "int4", "blend": 0.5}],
+    ids=["waiting", "delayed", "blend"],
 )
 def test_a_run_that_is_resumed_in_the_middle_of_an_exchange_ends_with_the_same_bits(
     accelerated, values

@@ -154,11 +154,6 @@ class SitesConfig(Section):
         unit="steps",
         low=0,
     )
-    eager: bool = knob(
-        False,
-        "during a delay, train on from where the outer step along this site's share of the mean "
-        "change leads, until the result replaces it",
-    )
     blend: float = knob(
         0.0,
         "with a delay: share of its weights' difference from the sites' mean, at the start of an "

@@ -36,7 +36,6 @@ class Schedule(NamedTuple):
     period: int  # steps between two rounds of a fragment
     delay: int  # steps from a round's start to its application; 0: the site waits
     fragments: Sequence[float]  # each one's share of the parameters
-    eager: bool = False  # whether there are eager steps
     blend: bool = False  # whether sites keep a share of their differences
 
 
@@ -166,15 +165,15 @@ def outer_bytes(
 ) -> float:
     """Returns the host memory of one site's outer state, over all its hosts together.
 
-    Each parameter has a reference, a momentum, with a lossy code an error, and with sites.eager an
-    offset, all in float32. While a fragment is exchanged, these exist twice, together with the
-    weights that it started from, with sites.blend what the site keeps of them, what is encoded of
-    them, the codes of all sites, and a second copy of this site's code for sending. Source:
-    run_round in jaxtrain/sites/round.py.
+    Each parameter has a reference, a momentum and, with a lossy code, an error, all in float32.
+    While a fragment is exchanged, these three exist twice, together with the weights that it
+    started from, what is encoded of them, with sites.blend what the site keeps of its difference
+    from the mean, the codes of all sites, and a second copy of this site's code for sending.
+    Source: run_round in jaxtrain/sites/round.py.
     """
     gap = schedule.period / len(schedule.fragments)
     at_once = min(len(schedule.fragments), max(1, math.ceil(schedule.delay / gap)))
     share = min(1.0, max(schedule.fragments) * at_once)
     kept, exchanged = (2, 3) if lossless else (3, 5)
-    vectors = kept + schedule.eager + share * (exchanged + schedule.eager + schedule.blend)
+    vectors = kept + share * (exchanged + schedule.blend)
     return FLOAT_BYTES * parameters * vectors + share * (sites + 1) * code_bytes

@@ -150,7 +150,6 @@ class Programs(NamedTuple):
     Attributes:
         snapshot: state -> vector of the evaluated weights, a copy: the state may be donated.
         apply: by mode, (state, vector) -> state, which is donated; see build_apply.
-        eager: (state, offset vector, slope) -> state, which is donated; see build_eager.
         flatten: {path: leaf} -> vector.
         unflatten: vector -> {path: leaf}, sharded as the parameters.
     """
@@ -158,7 +157,6 @@ class Programs(NamedTuple):
     layout: DeviceLayout
     snapshot: Callable[[Any], jax.Array]
     apply: dict[str, Callable[[Any, jax.Array], Any]]
-    eager: Callable[[Any, jax.Array, np.float32], Any]
     flatten: Callable[[dict[str, jax.Array]], jax.Array]
     unflatten: Callable[[jax.Array], dict[str, jax.Array]]
 
@@ -176,7 +174,6 @@ def build_programs(fragment: Fragment, mesh: Mesh, shardings: Any) -> Programs:
         layout,
         jax.jit(weights, out_shardings=layout.sharding),
         {mode: build_apply(layout, mode, shardings) for mode in ("replace", "move", "settle")},
-        build_eager(layout, shardings),
         jax.jit(layout.flatten, out_shardings=layout.sharding),
         jax.jit(layout.unflatten, out_shardings=own),
     )
@@ -204,33 +201,8 @@ def build_apply(layout: DeviceLayout, mode: str, shardings: Any) -> Callable:
             new = {path: move(x, leaves[path], weights[path]) for path, x in new.items()}
         elif mode == "move":
             new = {path: leaves[path] + x for path, x in new.items()}
-        return _replace_leaves(state, leaves, new)
+        leaves |= {path: x.astype(leaves[path].dtype) for path, x in new.items()}
+        treedef = jax.tree.structure(state.params)
+        return state._replace(params=jax.tree.unflatten(treedef, list(leaves.values())))
 
     return jax.jit(apply, donate_argnums=0, out_shardings=shardings)
-
-
-def build_eager(layout: DeviceLayout, shardings: Any) -> Callable:
-    """Returns eager(state, offset, slope) -> state, jitted; the state is donated.
-
-    It adds offset + slope * weights to the fragment's weights; see jaxtrain/sites/eager.py. The
-    point of the gradient moves as far as the iterate.
-
-    Args:
-        shardings: of the state.
-    """
-
-    def eager(state, offset, slope):
-        leaves = named_leaves(state.params)
-        weights = named_leaves(eval_params(state.opt_state, state.params))
-        terms = layout.unflatten(offset)
-        step = {path: x + slope * weights[path].astype(x.dtype) for path, x in terms.items()}
-        return _replace_leaves(state, leaves, {path: leaves[path] + x for path, x in step.items()})
-
-    return jax.jit(eager, donate_argnums=0, out_shardings=shardings)
-
-
-def _replace_leaves(state: Any, leaves: dict[str, Any], new: Mapping[str, Any]) -> Any:
-    """Returns the state with new values of some of its parameters, all of which are `leaves`."""
-    leaves |= {path: x.astype(leaves[path].dtype) for path, x in new.items()}
-    treedef = jax.tree.structure(state.params)
-    return state._replace(params=jax.tree.unflatten(treedef, list(leaves.values())))

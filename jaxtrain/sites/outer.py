@@ -26,7 +26,6 @@ import numpy as np
 from jaxtrain.sites import BLOCK
 from jaxtrain.sites.codec import Codec
 
-NOTHING = np.empty(0, np.float32)
 CHUNK = 128  # blocks computed at a time, so that float64 temporaries stay small
 
 
@@ -121,13 +120,11 @@ def difference_from_mean(
     difference = np.empty(n, np.float32)
     for start in range(0, n, CHUNK * BLOCK):
         size = min(CHUNK * BLOCK, n - start)
-        part, coded = (
-            slice(start, start + size),
-            slice(*map(codec.code_bytes, (start, start + size))),
-        )
+        coded = slice(codec.code_bytes(start), codec.code_bytes(start + size))
         decoded = [codec.decode(code[coded], size) for code in codes]
         apart = decoded[site] - weighted_mean(decoded, tokens)
-        difference[part] = apart if codec.lossless else -apart  # lossy codes have reference - theta
+        # A lossy code has reference - theta.
+        difference[start : start + size] = apart if codec.lossless else -apart
     return difference
 
 

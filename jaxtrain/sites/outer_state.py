@@ -14,11 +14,10 @@ import numpy as np
 
 from jaxtrain.config.run_sections import SitesConfig
 from jaxtrain.model.trees import named_leaves
-from jaxtrain.sites.eager import eager_offset
 from jaxtrain.sites.rounds import Rounds
 
 NAME = "sites"  # of the outer state among the leaves of a checkpoint
-SAME = ("period", "fragments", "codec", "rate", "momentum", "error_decay", "eager", "blend")
+SAME = ("period", "fragments", "codec", "rate", "momentum", "error_decay", "blend")
 
 
 def check_same_rounds(cfg: SitesConfig, stored: Mapping[str, Any]) -> None:
@@ -92,9 +91,8 @@ def add_outer_state(
         vectors["weights"] = pending.weights.result() if pending else np.zeros_like(outer.reference)
         for name in stored:
             stored[name] |= programs.unflatten(programs.layout.to_devices(vectors[name]))
-    numbers = ("round", "step", "tokens", "slope")
     fragments = [
-        {name: getattr(x, name) for name in numbers} | {"pending": x.pending is not None}
+        {"round": x.round, "step": x.step, "tokens": x.tokens, "pending": x.pending is not None}
         for x in rounds.outer
     ]
     name = rounds.places.names[rounds.places.site]
@@ -134,9 +132,6 @@ def restore_outer_state(
         is_pending = numbers.pop("pending")
         for name, number in numbers.items():
             setattr(outer, name, number)
-        if rounds.cfg.eager:
-            args = outer.reference, outer.momentum, outer.slope, rounds.cfg.momentum
-            outer.offset = eager_offset(*args)
         if is_pending:
             if weights is None:  # without a delay, the state is still that of the round's start
                 weights = layout.to_host(programs.snapshot(state))

@@ -53,7 +53,7 @@ class Return:
     """A site's way back, from when it learns that it was left out."""
 
     def __init__(self, cfg: SitesConfig, places: Places, exchange: Codes, outer: list[Outer]):
-        self._cfg, self._places, self._exchange, self._outer = cfg, places, exchange, outer
+        self._places, self._exchange, self._outer = places, exchange, outer
         self._vectors = 2 if cfg.momentum else 1  # in a state: the reference, and the momentum
         self._asked: set[tuple[int, int]] = set()
 
@@ -119,7 +119,6 @@ class Return:
                     outer.momentum[part] = vectors[1]
             outer.error = np.zeros_like(outer.error)
             outer.round, outer.step, outer.pending = round_, new_step, None
-            outer.plan_eager_step(self._cfg, 1 / len(self._places.names))
             mode = "settle" if new_step == self._places.steps else "replace"
             state = programs.apply[mode](state, layout.to_devices(outer.reference))
             lines.append(self._describe(f, step, new_step, size))

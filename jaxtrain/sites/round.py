@@ -20,17 +20,11 @@ from jaxtrain.sites import BLOCK
 from jaxtrain.sites.checksum import combine_crc32
 from jaxtrain.sites.codec import CODECS, Codec, NonFiniteDelta
 from jaxtrain.sites.decisions import Decision
-from jaxtrain.sites.eager import eager_step, eager_terms
 from jaxtrain.sites.errors import Disagreement
 from jaxtrain.sites.fragments import DeviceLayout, Programs
 from jaxtrain.sites.layout import Link
 from jaxtrain.sites.ledger import Round
-from jaxtrain.sites.outer import (
-    NOTHING,
-    difference_from_mean,
-    encode_with_feedback,
-    outer_step,
-)
+from jaxtrain.sites.outer import difference_from_mean, encode_with_feedback, outer_step
 
 POLL_S = 1.0  # between two looks at signals while waiting
 
@@ -63,9 +57,7 @@ class Outcome(NamedTuple):
     codes: dict[str, np.ndarray]  # of each site that took part, of the blocks of this process
     tokens: dict[str, int]  # of each site that took part
     arrived: Any  # Arrived of the exchange
-    offset: np.ndarray = NOTHING  # of the next eager step; empty without
-    slope: float = 0.0
-    kept: np.ndarray = NOTHING  # what this site keeps of its difference from the mean; may be empty
+    kept: np.ndarray | None = None  # with sites.blend: what to keep of the difference from the mean
 
 
 class Pending(NamedTuple):
@@ -86,8 +78,6 @@ class Outer:
         round: number of the newest round that was started, from 1.
         step: after which it was started.
         tokens: that this site trained on before it, since the start of the round before.
-        offset, slope: of the eager step that is taken at the start of the next round, or was at
-            the start of the pending one (jaxtrain/sites/eager.py); empty without.
     """
 
     reference: np.ndarray
@@ -97,24 +87,6 @@ class Outer:
     step: int = 0
     tokens: int = 0
     pending: Pending | None = None
-    offset: np.ndarray = dataclasses.field(default_factory=NOTHING.copy)
-    slope: float = 0.0
-
-    def plan_eager_step(self, cfg: SitesConfig, share: float) -> None:
-        """Sets offset and slope to those for the current reference and momentum.
-
-        Args:
-            share: this site's share of all sites' tokens.
-        """
-        self.offset, self.slope = eager_terms(cfg, self.reference, self.momentum, share)
-
-    def start_weights(self) -> np.ndarray:
-        """Returns the weights that training continued from when the pending round had started."""
-        assert self.pending is not None
-        weights = self.pending.weights.result()
-        if self.offset.size:
-            weights = weights + eager_step(self.offset, self.slope, weights)
-        return weights
 
     @property
     def applied(self) -> int:
@@ -201,15 +173,14 @@ def run_round(
     _check_finite(codec, others, reference, f"round {outer.round} of fragment {f}")
     for vector in filter(len, (reference, momentum, error)):
         layout.clear_padding(vector)
-    eager = eager_terms(cfg, reference, momentum, outer.tokens / sum(in_order[1]))
-    kept = NOTHING
-    if cfg.delay and cfg.blend:
+    kept = None
+    if cfg.blend:
         own = order.index(places.site)
         kept = difference_from_mean(codec, *in_order, own, reference.size)
-        kept = layout.clear_padding(np.float32(cfg.blend) * kept)
+        kept *= np.float32(cfg.blend)
+        layout.clear_padding(kept)
     by_name = lambda values: {places.names[k]: values[k] for k in order}
-    by_site = by_name(codes), by_name(tokens)
-    return Outcome(reference, momentum, error, *by_site, arrived, *eager, kept)
+    return Outcome(reference, momentum, error, by_name(codes), by_name(tokens), arrived, kept)
 
 
 def _check_finite(

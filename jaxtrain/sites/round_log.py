@@ -7,7 +7,7 @@ from jaxtrain.distributed.broadcast import broadcast_from_process_0
 from jaxtrain.distributed.heartbeat import beat
 from jaxtrain.sites.decisions import LEADER
 from jaxtrain.sites.ledger import Ledger, Round
-from jaxtrain.sites.round import Codes, Outcome
+from jaxtrain.sites.round import Outcome
 
 
 class RoundLog:
@@ -103,22 +103,3 @@ class RoundLog:
                     f"{names[LEADER]} for {lost_s:g} s (--sites.lost_s): training goes on without "
                     f"it, from round {round_} on"
                 )
-
-
-def describe_missing(exchange: Codes, names: Sequence[str], f: int, round_: int) -> str:
-    """Returns a clause that says why a round of fragment `f` is not complete."""
-    missing = [names[site] for site in exchange.missing(f, round_)]
-    what = f"nothing complete has come from {', '.join(missing)}" if missing else "being computed"
-    return f"round {round_} of fragment {f}: {what}"
-
-
-def describe_wait(exchange: Codes, names: Sequence[str], places: Sequence[tuple[int, int]]) -> str:
-    """Returns in a few words which sites are waited for; "" if none are.
-
-    Args:
-        places: (fragment, round) of the rounds that are not complete.
-    """
-    for f, round_ in places:
-        if sites := exchange.missing(f, round_):
-            return f"waits for round {round_} of {', '.join(names[k] for k in sites)}"
-    return ""

@@ -6,9 +6,8 @@ After sites.delay further steps the loop applies the result:
     delay 0        weights = reference: all sites continue from the same bits
     delay above 0  weights = weights + (reference - weights at the round's start)
 
-With sites.blend a site keeps a share of its difference from the sites' mean at the round's start;
-the mean of what the sites keep is 0. With sites.eager a round starts with the part of its result
-that this site knows (`eager.py`), and the weights at the round's start are those after this step.
+With sites.blend a site also adds a share of its difference from the sites' mean at the round's
+start. The mean of what the sites add is 0.
 
 If a delayed round is not complete by then, training goes on and looks again after each further
 period, up to sites.grace of them; then it waits. When a round is applied may thus differ between
@@ -36,7 +35,7 @@ from jaxtrain.sites.errors import SiteLeftOut
 from jaxtrain.sites.fragments import rounds_until
 from jaxtrain.sites.rejoin import Return, post_state
 from jaxtrain.sites.round import POLL_S, Codes, Outer, Pending, Places, run_round, summarize_round
-from jaxtrain.sites.round_log import RoundLog, describe_missing, describe_wait
+from jaxtrain.sites.round_log import RoundLog
 
 REMIND_S = 30.0  # between two lines about a site that is waited for
 
@@ -79,7 +78,6 @@ class Rounds:
             momentum = np.zeros_like(reference) if self.cfg.momentum else reference[:0]
             error = reference[:0] if self.codec.lossless else np.zeros_like(reference)
             self.outer.append(Outer(reference, momentum, error))
-            self.outer[-1].plan_eager_step(self.cfg, 1 / len(self.places.names))
 
     def applied_rounds(self) -> list[int]:
         """Returns the newest round of each fragment that was applied."""
@@ -180,7 +178,7 @@ class Rounds:
                         break
                     state = self._apply(state, f, step)
                 elif outer.round < self._owed(f, step):
-                    state = self._start(f, state, step)
+                    self._start(f, state, step)
                 else:
                     break
         return state, missing
@@ -240,22 +238,14 @@ class Rounds:
         else:  # other processes of this site are not as far
             time.sleep(POLL_S / 20)
 
-    def _start(self, f: int, state: Any, step: int) -> Any:
-        """Starts a round: takes a snapshot on the devices; threads do all that follows.
-
-        Returns:
-            the state, after the eager step if there is one.
-        """
+    def _start(self, f: int, state: Any, step: int) -> None:
+        """Starts a round: takes a snapshot on the devices; threads do all that follows."""
         outer = self.outer[f]
         # A site that catches up has rounds without steps: their weight is that of one token.
         outer.tokens = max((step - outer.step) * self.places.step_tokens, 1)
         outer.round, outer.step = outer.round + 1, step
-        programs, layout = self.places.programs[f], self.layouts[f]
-        snapshot = programs.snapshot(state)
-        self.exchange_weights(f, self._threads.submit(layout.to_host, snapshot))
-        if not self.cfg.eager:
-            return state
-        return programs.eager(state, layout.to_devices(outer.offset), np.float32(outer.slope))
+        snapshot = self.places.programs[f].snapshot(state)
+        self.exchange_weights(f, self._threads.submit(self.layouts[f].to_host, snapshot))
 
     def exchange_weights(self, f: int, weights: Future) -> None:
         """Starts the thread of a fragment's newest round, given the weights on the host."""
@@ -270,17 +260,25 @@ class Rounds:
         """Returns what the training waits for in a few words; "" if for no other site."""
         if self._return:
             return f"left out, waits for the weights of {self.places.names[LEADER]}"
-        places = [(f, self.outer[f].round) for f in waiting]
-        return describe_wait(self.exchange, self.places.names, places)
+        for f in waiting:
+            if sites := self.exchange.missing(f, round_ := self.outer[f].round):
+                return (
+                    f"waits for round {round_} of {', '.join(self.places.names[k] for k in sites)}"
+                )
+        return ""
 
     def _describe_missing(self, f: int) -> str:
-        return describe_missing(self.exchange, self.places.names, f, self.outer[f].round)
+        round_ = self.outer[f].round
+        names = [self.places.names[site] for site in self.exchange.missing(f, round_)]
+        what = f"nothing complete has come from {', '.join(names)}" if names else "being computed"
+        return f"round {round_} of fragment {f}: {what}"
 
     def _apply(self, state: Any, f: int, step: int) -> Any:
         """Applies a complete round."""
         outer, layout = self.outer[f], self.layouts[f]
         assert outer.pending is not None
-        outcome = outer.pending.outcome.result()
+        pending, outer.pending = outer.pending, None
+        outcome = pending.outcome.result()
         line = summarize_round(self.places, layout, f, outer, outcome, step, self._waited_s)
         self.log.record(line)  # before the state changes: a checkpoint never knows more than it
         self.log.add_metrics(line)
@@ -288,13 +286,12 @@ class Rounds:
         self.log.note_changes(self.places.names, outer.round, self.cfg.lost_s, outcome)
         if outcome.arrived.admitted and self.places.site == LEADER:
             post_state(self.exchange, layout, f, outer.round, outcome)
-        vector, mode = outcome.reference, "replace" if step == outer.step else "move"
+        outer.reference, outer.momentum, outer.error = outcome[:3]
+        vector, mode = outer.reference, "replace" if step == outer.step else "move"
         if mode == "move":
-            vector = vector - outer.start_weights()
-            if outcome.kept.size:
+            vector = vector - pending.weights.result()
+            if outcome.kept is not None:
                 vector += outcome.kept
         elif step == self.places.steps and outer.round == self._owed(f, step):
             mode = "settle"
-        outer.reference, outer.momentum, outer.error = outcome[:3]
-        outer.offset, outer.slope, outer.pending = outcome.offset, outcome.slope, None
         return self.places.programs[f].apply[mode](state, layout.to_devices(vector))

@@ -124,7 +124,6 @@ def describe_rounds(rounds: Rounds) -> Iterator[str]:
     size = sum(rounds.codec.code_bytes(x.blocks * BLOCK) for x in fragments)
     parts = f" in {len(elements)} fragments" if len(elements) > 1 else ""
     use = f"used {cfg.delay} steps later" if cfg.delay else "waited for"
-    use += ", this site's part at once" if cfg.eager else ""
     yield (
         f"every {cfg.period} steps {sum(elements):,} parameters{parts}, {cfg.codec}: "
         f"{size:,} bytes to each other site, {use}"
