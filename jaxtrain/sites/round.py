@@ -178,7 +178,6 @@ def run_round(
         own = order.index(places.site)
         kept = difference_from_mean(codec, *in_order, own, reference.size)
         kept *= np.float32(cfg.blend)
-        layout.clear_padding(kept)
     by_name = lambda values: {places.names[k]: values[k] for k in order}
     return Outcome(reference, momentum, error, by_name(codes), by_name(tokens), arrived, kept)
 
