@@ -73,6 +73,11 @@ RUNS |= {f"period {PERIOD}, delay {delay}": DELAYED | {"sites.delay": delay} for
 for rate in (1.0, 0.7):
     own = {"sites.rate": rate, "sites.momentum": 0.0}
     RUNS |= {f"period {PERIOD}, delay 29, rate {rate}, momentum 0.0": DELAYED | own}
+RUNS |= {
+    f"period {PERIOD}, delay {delay}, blend {blend}": DELAYED
+    | {"sites.delay": delay, "sites.blend": blend}
+    for delay, blend in ((29, 0.5), (5, 0.5), (29, 0.7))
+}
 FASTER = {"optim.learning_rate": 0.02}
 RUNS |= {f"period {PERIOD}, learning rate 0.02": {"sites.period": PERIOD} | FASTER}
 RUNS |= {"learning rate 0.02": FASTER}

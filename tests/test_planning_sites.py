@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from configs import debug
@@ -14,10 +15,10 @@ FLAGS = {"sites": ["8xa40", "8xh100"], "network": "", "link_mbit": 100.0, "link_
 FLAGS |= {"step_s": ["2.0"], "json": True}
 
 
-def plan(capsys, period=30, fragments=1, delay=0, **flags):
+def plan(capsys, period=30, fragments=1, delay=0, blend=0.0, **flags):
     config = debug.get_config()
     config.steps, config.save_every = 600, 100
-    config.sites.update(period=period, fragments=fragments, delay=delay)
+    config.sites.update(period=period, fragments=fragments, delay=delay, blend=blend)
     assert plan_sites(freeze(config), SimpleNamespace(**FLAGS | flags)) == 0
     return capsys.readouterr().out
 
@@ -38,6 +39,9 @@ def test_the_plan_has_each_codecs_exact_bytes_and_both_shares_of_the_time(capsys
     # One fragment: 8 vectors of float32, and three codes.
     expected = 32 * found["parameters"] + 3 * rows["int4"]["round_bytes"]
     assert rows["int4"]["host_bytes"] == pytest.approx([expected] * 2)
+    for row in json.loads(plan(capsys, delay=29, blend=0.5))["codecs"]:  # one vector more
+        difference = np.subtract(row["host_bytes"], rows[row["codec"]]["host_bytes"])
+        assert difference == pytest.approx([4 * found["parameters"]] * 2)
     # With save_every=100 and keep_last=2, 10 rounds in 300 steps, a pending one and an own code.
     assert rows["int4"]["disk_bytes"] == [12 * rows["int4"]["round_bytes"]] * 2
     every_step = json.loads(plan(capsys, period=1))  # leaves no time to hide anything

@@ -4,6 +4,8 @@ import pytest
 import sites_loss
 from sites_loss import FEW, RUNS, TABLES, Run, Table
 
+from jaxtrain.config.train_config import TrainConfig, flatten
+
 ALL = next(table for table in TABLES if table.names == tuple(RUNS))
 # Losses of the outer steps that are tried; the fourth is the best.
 TRIED = [0.90, 0.89, 0.88, 0.86, 0.87, 0.91]
@@ -30,7 +32,7 @@ def test_two_sites_get_the_best_outer_step_and_half_of_the_batch(rows):
     assert list(runs) == list(RUNS)
     for name, run in runs.items():
         assert run.two_sites == name.startswith("period"), name
-        own_step = "rate" in name and name.endswith("momentum 0.0")
+        own_step = "momentum" in name
         assert (best.items() <= run.flags.items()) == (run.two_sites and not own_step)
         assert run.flags["data.batch"] == (32 if name in ("one", "learning rate 0.02") else 16)
     assert runs["period 100"].flags["sites.period"] == 100
@@ -52,6 +54,21 @@ def test_no_run_is_made_twice_for_two_tables(rows):
 def test_a_row_with_other_flags_does_not_count(rows):
     rows[2]["flags"] = rows[2]["flags"] | {"steps": 10}
     assert sites_loss.next_runs(rows, 2) == [sites_loss.tuning_runs()[2]]
+
+
+def test_rows_of_kinds_that_were_removed_are_ignored(rows):
+    report = sites_loss.report(rows)
+    run = sites_loss.runs_of(ALL, rows)[-1]
+    rows.append(row(run._replace(name="removed", own=run.own | {"sites.removed": True}), 0.8))
+    assert sites_loss.report(rows) == report
+    assert [run.name for run in sites_loss.next_runs(rows, 2)] == ["one", "one"]
+
+
+def test_every_flag_of_a_run_is_a_field(rows):
+    fields = flatten(TrainConfig())
+    for table in TABLES:
+        for run in sites_loss.runs_of(table, rows):
+            assert run.flags.keys() <= fields.keys(), run.name
 
 
 def test_a_table_takes_the_seeds_whose_runs_are_all_there(rows):

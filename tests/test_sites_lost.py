@@ -292,7 +292,7 @@ def test_a_lost_site_is_left_out_and_returns_with_the_same_weights(built, tmp_pa
 
 
 def test_a_site_returns_to_delayed_fragments(built, tmp_path):
-    with Pair(built, tmp_path, codec="int4", fragments=2, delay=1) as pair:
+    with Pair(built, tmp_path, codec="int4", fragments=2, delay=1, blend=0.5) as pair:
         step = [2 * PERIOD]
         pass_limit = pace(lambda: step[0])
 

@@ -7,7 +7,7 @@ import pytest
 from jaxtrain.sites import BLOCK
 from jaxtrain.sites.checksum import combine_crc32
 from jaxtrain.sites.codec import CODECS
-from jaxtrain.sites.outer import nesterov, outer_step, weighted_mean
+from jaxtrain.sites.outer import difference_from_mean, nesterov, outer_step, weighted_mean
 
 RNG = np.random.default_rng(0)
 NONE = np.empty(0, np.float32)
@@ -49,6 +49,19 @@ def test_two_sites_with_the_same_weights_average_to_them():
     assert (mean.astype(np.float32) == theta).all()
     new, _ = nesterov(vector(), NONE, mean, 1.0, 0.0)
     assert (new == theta).all()
+
+
+@pytest.mark.parametrize("name", ["float32", "int4"])
+def test_the_sites_differences_from_their_mean_have_the_mean_0(name):
+    codec, reference, tokens = CODECS[name], vector(200), [100, 300, 200]
+    thetas = [vector(200) for _ in tokens]
+    codes = [codec.encode(x if codec.lossless else reference - x) for x in thetas]
+    apart = [difference_from_mean(codec, codes, tokens, k, reference.size) for k in range(3)]
+    assert np.abs(weighted_mean(apart, tokens)).max() < 1e-6
+    decoded = [codec.decode(code, reference.size) for code in codes]
+    decoded = decoded if codec.lossless else [reference - x for x in decoded]
+    expected = decoded[1] - weighted_mean(decoded, tokens)
+    np.testing.assert_allclose(apart[1], expected, rtol=1e-5, atol=2e-6)
 
 
 def test_parts_of_a_vector_give_the_same_step_as_the_whole():

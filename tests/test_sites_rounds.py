@@ -20,6 +20,7 @@ from jaxtrain.sites.start import finish
 from jaxtrain.training.loop import Loop
 
 STEPS = 8
+DELAYED = {"delay": 1, "fragments": 2}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,9 @@ def train_alone(built):
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"delay": 1, "fragments": 2}], ids=["waiting", "delayed fragments"]
+    "values",
+    [{}, DELAYED, DELAYED | {"blend": 0.5}],
+    ids=["waiting", "delayed fragments", "blend"],
 )
 def test_one_site_with_rate_1_and_no_momentum_is_bitwise_the_run_without_an_exchange(
     accelerated, values
@@ -173,7 +176,9 @@ def test_a_late_round_is_applied_later_and_replayed_at_the_recorded_step(acceler
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"delay": 1, "fragments": 2, "codec": "int4"}], ids=["waiting", "delayed"]
+    "values",
+    [{}, DELAYED | {"codec": "int4"}, DELAYED | {"codec": "int4", "blend": 0.5}],
+    ids=["waiting", "delayed", "blend"],
 )
 def test_a_run_that_is_resumed_in_the_middle_of_an_exchange_ends_with_the_same_bits(
     accelerated, values

@@ -54,6 +54,7 @@ def test_the_file_must_list_this_runs_processes_and_the_site(tmp_path):
     [
         ({"sites": SitesConfig(period=10, fragments=11)}, "sites.fragments must be at most"),
         ({"sites": SitesConfig(period=10, delay=10)}, "sites.delay must be below sites.period=10"),
+        ({"sites": SitesConfig(period=10, blend=0.5)}, "sites.blend must be 0 with sites.delay=0"),
         ({"optim": OptimConfig(tail_average=0.1)}, "optim.tail_average must be 0"),
         ({"optim": OptimConfig(name="muown")}, "optim.name must not be muown"),
     ],
@@ -107,10 +108,10 @@ def test_each_field_that_sites_or_a_hash_leave_out_exists():
 @pytest.mark.parametrize(
     ("name", "value"),
     [("period", 60), ("period", 0), ("fragments", 3), ("codec", "int4"), ("rate", 1.0)]
-    + [("momentum", 0.0), ("error_decay", 1.0), ("delay", 5)],
+    + [("momentum", 0.0), ("error_decay", 1.0), ("delay", 0), ("blend", 0.5)],
 )
 def test_a_resumed_run_refuses_other_rounds_before_it_restores_anything(tmp_path, name, value):
-    before = SitesConfig(period=30, codec="int8")
+    before = SitesConfig(period=30, codec="int8", delay=5)
     stored = flatten(TrainConfig(workdir=str(tmp_path), sites=before))
     checkpoints = SimpleNamespace(read_meta=lambda: {"config": stored})
     sites = dataclasses.replace(before, **{name: value})

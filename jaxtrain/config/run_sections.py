@@ -154,6 +154,13 @@ class SitesConfig(Section):
         unit="steps",
         low=0,
     )
+    blend: float = knob(
+        0.0,
+        "with a delay: share of its weights' difference from the sites' mean, at the start of an "
+        "exchange, that a site keeps when the result is applied",
+        low=0.0,
+        high=1.0,
+    )
     rate: float = knob(
         0.7, "factor of the sites' mean change; 1, without momentum, averages weights", low=0.0
     )

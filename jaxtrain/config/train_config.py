@@ -179,6 +179,8 @@ class TrainConfig(Section):
             sites.fail("fragments", f"must be at most sites.period={sites.period}")
         if sites.delay >= sites.period:
             sites.fail("delay", f"must be below sites.period={sites.period}")
+        if sites.blend and not sites.delay:
+            sites.fail("blend", "must be 0 with sites.delay=0, where all continue from the result")
         if optim.tail_average:
             optim.fail("tail_average", "must be 0 with sites.period, as it would differ by site")
         if optim.name == "muown":  # its state repeats the rows' lengths

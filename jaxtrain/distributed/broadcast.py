@@ -127,3 +127,10 @@ def describe_difference(name: str, texts: Sequence[str]) -> str:
         f"{name} must be the same on every process; got {', '.join(odd)}; most have {usual}. "
         "Start all of them with the same flags, code, packages and data."
     )
+
+
+def agree(value: bool) -> bool:
+    """Returns whether `value` is true on all processes. All of them must call it."""
+    if jax.process_count() == 1:
+        return value
+    return bool(np.all(multihost_utils.process_allgather(np.int32(value))))

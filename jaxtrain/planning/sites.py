@@ -128,7 +128,8 @@ def plan_sites(cfg: TrainConfig, args: FlagValues) -> int:
     parameters = sum(part.elements for part in parts)
     # By default the longest delay: until the next fragment's exchange starts.
     delay = cfg.sites.delay or min(period - 1, period // fragments)
-    schedule = Schedule(period, delay, [part.elements / parameters for part in parts])
+    shares = [part.elements / parameters for part in parts]
+    schedule = Schedule(period, delay, shares, cfg.sites.blend > 0)
     sizes = {
         name: sum(codec.code_bytes(part.blocks * BLOCK) for part in parts)
         for name, codec in CODECS.items()

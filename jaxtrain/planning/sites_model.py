@@ -36,6 +36,7 @@ class Schedule(NamedTuple):
     period: int  # steps between two rounds of a fragment
     delay: int  # steps from a round's start to its application; 0: the site waits
     fragments: Sequence[float]  # each one's share of the parameters
+    blend: bool = False  # whether sites keep a share of their differences
 
 
 def nominal_link(mbit_per_s: float, round_trip_ms: float) -> SitesLink:
@@ -166,12 +167,13 @@ def outer_bytes(
 
     Each parameter has a reference, a momentum and, with a lossy code, an error, all in float32.
     While a fragment is exchanged, these three exist twice, together with the weights that it
-    started from, what is encoded of them, the codes of all sites, and a second copy of this site's
-    code for sending. Source: run_round in jaxtrain/sites/round.py.
+    started from, what is encoded of them, with sites.blend what the site keeps of its difference
+    from the mean, the codes of all sites, and a second copy of this site's code for sending.
+    Source: run_round in jaxtrain/sites/round.py.
     """
     gap = schedule.period / len(schedule.fragments)
     at_once = min(len(schedule.fragments), max(1, math.ceil(schedule.delay / gap)))
     share = min(1.0, max(schedule.fragments) * at_once)
     kept, exchanged = (2, 3) if lossless else (3, 5)
-    vectors = kept + share * exchanged
+    vectors = kept + share * (exchanged + schedule.blend)
     return FLOAT_BYTES * parameters * vectors + share * (sites + 1) * code_bytes

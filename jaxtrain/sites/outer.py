@@ -106,6 +106,28 @@ def outer_step(
     return new_reference, new_momentum
 
 
+def difference_from_mean(
+    codec: Codec, codes: Sequence[np.ndarray], tokens: Sequence[int], site: int, n: int
+) -> np.ndarray:
+    """Returns the weights of one site minus the sites' weighted mean, float32 [n].
+
+    Both are those that the codes stand for. So the weighted mean over all sites is 0.
+
+    Args:
+        codes, tokens: of each participating site, as in outer_step.
+        site: index of the site among these.
+    """
+    difference = np.empty(n, np.float32)
+    for start in range(0, n, CHUNK * BLOCK):
+        size = min(CHUNK * BLOCK, n - start)
+        coded = slice(codec.code_bytes(start), codec.code_bytes(start + size))
+        decoded = [codec.decode(code[coded], size) for code in codes]
+        apart = decoded[site] - weighted_mean(decoded, tokens)
+        # A lossy code has reference - theta.
+        difference[start : start + size] = apart if codec.lossless else -apart
+    return difference
+
+
 def encode_with_feedback(
     codec: Codec, x: np.ndarray, decay: float
 ) -> tuple[np.ndarray, np.ndarray]:

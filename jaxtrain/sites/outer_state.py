@@ -17,7 +17,7 @@ from jaxtrain.model.trees import named_leaves
 from jaxtrain.sites.rounds import Rounds
 
 NAME = "sites"  # of the outer state among the leaves of a checkpoint
-SAME = ("period", "fragments", "codec", "rate", "momentum", "error_decay")
+SAME = ("period", "fragments", "codec", "rate", "momentum", "error_decay", "blend")
 
 
 def check_same_rounds(cfg: SitesConfig, stored: Mapping[str, Any]) -> None:

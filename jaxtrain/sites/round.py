@@ -24,7 +24,7 @@ from jaxtrain.sites.errors import Disagreement
 from jaxtrain.sites.fragments import DeviceLayout, Programs
 from jaxtrain.sites.layout import Link
 from jaxtrain.sites.ledger import Round
-from jaxtrain.sites.outer import encode_with_feedback, outer_step
+from jaxtrain.sites.outer import difference_from_mean, encode_with_feedback, outer_step
 
 POLL_S = 1.0  # between two looks at signals while waiting
 
@@ -57,6 +57,7 @@ class Outcome(NamedTuple):
     codes: dict[str, np.ndarray]  # of each site that took part, of the blocks of this process
     tokens: dict[str, int]  # of each site that took part
     arrived: Any  # Arrived of the exchange
+    kept: np.ndarray | None = None  # with sites.blend: what to keep of the difference from the mean
 
 
 class Pending(NamedTuple):
@@ -166,15 +167,19 @@ def run_round(
             codes[site][cut(links[i], size)] = np.frombuffer(part, np.uint8)
     order = sorted(arrived.participants)
     args = outer.reference, outer.momentum, cfg.rate, cfg.momentum
-    reference, momentum = outer_step(
-        codec, [codes[k] for k in order], [tokens[k] for k in order], *args
-    )
+    in_order = [codes[k] for k in order], [tokens[k] for k in order]
+    reference, momentum = outer_step(codec, *in_order, *args)
     others = {places.names[k]: codes[k] for k in order if k != places.site}
     _check_finite(codec, others, reference, f"round {outer.round} of fragment {f}")
     for vector in filter(len, (reference, momentum, error)):
         layout.clear_padding(vector)
+    kept = None
+    if cfg.blend:
+        own = order.index(places.site)
+        kept = difference_from_mean(codec, *in_order, own, reference.size)
+        kept *= np.float32(cfg.blend)
     by_name = lambda values: {places.names[k]: values[k] for k in order}
-    return Outcome(reference, momentum, error, by_name(codes), by_name(tokens), arrived)
+    return Outcome(reference, momentum, error, by_name(codes), by_name(tokens), arrived, kept)
 
 
 def _check_finite(

@@ -6,6 +6,9 @@ After sites.delay further steps the loop applies the result:
     delay 0        weights = reference: all sites continue from the same bits
     delay above 0  weights = weights + (reference - weights at the round's start)
 
+With sites.blend a site also adds a share of its difference from the sites' mean at the round's
+start. The mean of what the sites add is 0.
+
 If a delayed round is not complete by then, training goes on and looks again after each further
 period, up to sites.grace of them; then it waits. When a round is applied may thus differ between
 sites; what is applied may not. Rounds that could not start in time start as soon as possible, the
@@ -21,9 +24,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxtrain.config.run_sections import SitesConfig
+from jaxtrain.distributed.broadcast import agree
 from jaxtrain.optim.acceleration import settle
 from jaxtrain.sites.codec import CODECS
 from jaxtrain.sites.decisions import LEADER
@@ -287,13 +290,8 @@ class Rounds:
         vector, mode = outer.reference, "replace" if step == outer.step else "move"
         if mode == "move":
             vector = vector - pending.weights.result()
+            if outcome.kept is not None:
+                vector += outcome.kept
         elif step == self.places.steps and outer.round == self._owed(f, step):
             mode = "settle"
         return self.places.programs[f].apply[mode](state, layout.to_devices(vector))
-
-
-def agree(value: bool) -> bool:
-    """Returns whether `value` is true on all processes of this site."""
-    if jax.process_count() == 1:
-        return value
-    return bool(np.all(multihost_utils.process_allgather(np.int32(value))))
