@@ -27,7 +27,6 @@ https://triton-lang.org/main/getting-started/tutorials/03-matrix-multiplication.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -35,14 +34,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import triton
-from pallas_kernels.tile_order import grouped_tile
+from pallas_kernels.tile_order import LOG2E, MOST, grouped_tile
 from pallas_kernels.tiles import MosaicProductTiles, ProductTiles
 from pallas_kernels.validation import check_head_scores
 
-LOG2E = math.log2(math.e)
 SHIFT = 64.0  # the target's exponential is 2**-SHIFT, so that there is room for larger ones
 REFERENCE_SHIFT = SHIFT / LOG2E  # a row's reference, less its target's logit
-MOST = 2.0**110  # of an exponential, so that a sum of 2**17 of them stays in float32
 
 
 class Scores(NamedTuple):

@@ -14,10 +14,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import mosaic
-from pallas_kernels.head_scores import LOG2E, MOST
 from pallas_kernels.mosaic import plgpu
 from pallas_kernels.mosaic_product import pipeline_scratch, run_products
-from pallas_kernels.tile_order import grouped_tile
+from pallas_kernels.tile_order import LOG2E, MOST, grouped_tile
 from pallas_kernels.tiles import MosaicProductTiles
 
 STRIP_BYTES = 128  # in a row of swizzled shared memory
@@ -33,7 +32,8 @@ def _kernel(
 
     def locate(p):
         block, tile = grouped_tile(p, blocks, vocabulary_tiles, tiles.group)
-        return block * tiles.cluster + mosaic.cluster_index(tiles.cluster), tile
+        below = lax.axis_index("cluster") if tiles.cluster > 1 else 0
+        return block * tiles.cluster + below, tile
 
     def operands(p):
         block, tile = locate(p)

@@ -117,11 +117,6 @@ def persistent_programs(tiles: int, interpret: bool, cluster: int = 1) -> int:
     return min(tiles, get_default_device().core_count // cluster)
 
 
-def cluster_index(cluster: int) -> Any:
-    """Returns a program's index in its cluster."""
-    return lax.axis_index("cluster") if cluster > 1 else 0
-
-
 def shared_barrier(cluster: int, arrivals: int, count: int) -> Any:
     """Returns barriers that wait for `arrivals` in each program of a cluster."""
     if cluster == 1:
@@ -132,10 +127,7 @@ def shared_barrier(cluster: int, arrivals: int, count: int) -> Any:
 
 
 def copy_to_cluster(cluster: int, source: Any, smem: Any, full: Any) -> None:
-    """Starts a TMA copy, of which each program of a cluster reads a part for all of them.
-
-    All programs must call it with the same source, after all have freed the shared memory.
-    """
+    """Starts a TMA copy to all programs of a cluster, which start it together; each reads a part."""
     axes = {"collective_axes": "cluster"} if cluster > 1 else {}
     plgpu.copy_gmem_to_smem(source, smem, full, **axes)
 

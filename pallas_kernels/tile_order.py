@@ -1,4 +1,6 @@
-"""Masking constants and the order in which programs visit tiles, shared by all kernel bodies."""
+"""Constants and the order in which programs visit tiles, shared by all kernel bodies."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,8 @@ MASKED = -1e30
 LOWEST = MASKED / 10
 # Stored as the log-sum-exp of a query that sees no key: its probabilities become exp(-1e30) = 0.
 EMPTY_ROW_LSE = 1e30
+LOG2E = math.log2(math.e)
+MOST = 2.0**110  # of an exponential of the head, so that a sum of 2**17 stays in float32
 
 
 def grouped_tile(p: jax.Array, blocks: int, tiles: int, group: int) -> tuple[jax.Array, jax.Array]:
