@@ -27,7 +27,7 @@ def norm_tiles(D: int, arch: str = "sm_90") -> dict[str, BlockTiles]:
 
     A thread has 8 columns of each part of a row: of up to 4 parts in the forward, and of up to 3 in
     the backward, which sums three gradients for each column. Nothing spills then (audit). The
-    backward has as many programs as run at the same time, of up to 128 to 199 registers a thread.
+    backward has as many programs as fit on the GPU at once, at 128 to 199 registers a thread.
     """
 
     def sizes(most_parts):

@@ -1,21 +1,22 @@
 """Computes the logits' exponentials, which are all that cross-entropy needs, in one matrix product.
 
 A program computes one tile of logits and stores, for each row, the sum of exp(logit - reference).
-The caller chooses one reference for each row, so the exponentials of all tiles have the same unit:
-a row's log-sum-exp is reference + log(total), and its softmax is exp(logit - reference) / total.
+The caller chooses one reference for each row, so all tiles of a row have the same one: a row's
+log-sum-exp is reference + log(total), and its softmax is exp(logit - reference) / total.
+
 The gradient is softmax - onehot. For it the kernel stores the exponentials of a 16-bit model in 16
-bits, whose relative error does not grow with the logits. Because a row has one unit, nobody reads
-them but the two products of the gradient (`head_gradients`): the factors 1 / total are put on the
-rows of h and of the result, and the onehot changes one number of each row. The kernel writes 2*N*V
-bytes and the products read 4*N*V, against 18*N*V without the kernel (python -m
-pallas_kernels.traffic). The gradient of a softcap needs the logits themselves, so they are stored,
-in float32. Where no gradient is needed, nothing of size N*V is written.
+bits, whose relative error does not grow with the logits. Only the gradient's two products read them
+(`head_gradients`): the factor 1 / total is put on the rows of h and of the result, and the onehot
+changes one number of each row. The kernel writes 2*N*V bytes and the products read 4*N*V, against
+18*N*V without the kernel (python -m pallas_kernels.traffic). The gradient of a softcap needs the
+logits themselves, so they are stored, in float32. Where no gradient is needed, nothing of size N*V
+is written.
 
 The reference must be near the largest logit of its row. A loss takes the target's logit, which
 costs no product, plus REFERENCE_SHIFT. Then exponentials are exact to rounding for logits from 43
-nats below the target's, where softmax * V is below 1e-13, to 120 nats above it. Beyond that they
-saturate, so the loss of a token is at most about 120 nats + log(V). Maxima are not needed, so a
-logit costs one FMA, one exp2, one minimum, one sum and half a conversion.
+nats below the target's (smaller ones have softmax * V under 1e-13) to 120 nats above it. Beyond
+that they saturate, so the loss of a token is at most about 120 nats + log(V). Maxima are not
+needed, so a logit costs one FMA, one exp2, one minimum, one sum and half a conversion.
 
 Bound: compute, 2*N*D*V FLOPs. Tiles are visited in groups of row blocks, so that the operands that
 programs share stay in the A40's 6 MB L2 cache. If each program walked the vocabulary for its own
@@ -93,8 +94,8 @@ def head_gradients(
 
     That of the logits is weight * (exponentials / unit - onehot); with unit = total it is
     weight * (softmax - onehot). To get it, XLA changes one number of each row in place. 1 / unit is
-    a factor of the rows of h and of dh. The unit is first moved by at most 2**-9 of itself, so that
-    the changed number, the largest of its row, is exact in 16 bits.
+    a factor of the rows of h and of dh. The unit is first rounded, by at most 2**-9 of itself, so
+    that the changed number, the largest of its row, is exact in 16 bits.
 
     Args:
         exponentials_NV: from head_scores, whose references are those of the targets.

@@ -127,7 +127,7 @@ def shared_barrier(cluster: int, arrivals: int, count: int) -> Any:
 
 
 def copy_to_cluster(cluster: int, source: Any, smem: Any, full: Any) -> None:
-    """Starts a TMA copy to all programs of a cluster, which start it together; each reads a part."""
+    """Starts a TMA copy to all programs of a cluster; each of them starts it and reads a part."""
     axes = {"collective_axes": "cluster"} if cluster > 1 else {}
     plgpu.copy_gmem_to_smem(source, smem, full, **axes)
 

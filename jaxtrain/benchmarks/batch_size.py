@@ -36,7 +36,7 @@ def like_torch(cfg: TrainConfig) -> TrainConfig:
 
 
 def with_rows(cfg: TrainConfig, rows: int, usable_bytes: int) -> TrainConfig:
-    """Returns cfg with so many rows in a micro-batch, and the remat that a run then chooses.
+    """Returns cfg with `rows` rows in a micro-batch, and the remat that a run then chooses.
 
     Args:
         usable_bytes: of the device; 0 sets no limit.

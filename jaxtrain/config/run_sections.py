@@ -156,8 +156,8 @@ class SitesConfig(Section):
     )
     blend: float = knob(
         0.0,
-        "with a delay: share of its weights' difference from the sites' mean, at the start of an "
-        "exchange, that a site keeps when the result is applied",
+        "with a delay: share that a site keeps of the difference between its weights and the "
+        "sites' mean at an exchange's start",
         low=0.0,
         high=1.0,
     )

@@ -109,7 +109,7 @@ def max_and_sum(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class OnePassScores(PlainScores):
-    """PlainScores for GPUs, where reading the logits takes longer than computing them twice.
+    """PlainScores for GPUs, where storing exponentials takes longer than computing them twice.
 
     XLA reads them once for the maximum and the sum of exp, and once for the softmax and target.
     """

@@ -22,7 +22,7 @@ REQUESTED = "requested by"  # the reason begins with it if a flag selects the ro
 CHOSEN = "auto:"  # the reason begins with it if the device's memory decided
 RULED_OUT = "no fused kernel"  # the reason contains it if the model's attention rules one out
 # The most layers that are unrolled: more gain less than they cost to compile. A scan copies all
-# that it stores; for an H200 36 layers compile in 44 s and 48 in 32 s on 2 cores (jax 0.11.2).
+# that it stores; gpt_774m (36 layers) compiles for an H200 in 44 s, gpt_1558m in 32 (2 cores).
 UNROLLED_LAYERS = {"cpu": 12, "gpu": 48}
 
 
