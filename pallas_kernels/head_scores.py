@@ -14,8 +14,8 @@ is written.
 
 The reference must be near the largest logit of its row. A loss takes the target's logit, which
 costs no product, plus REFERENCE_SHIFT. Then exponentials are exact to rounding for logits from 43
-nats below the target's (smaller ones have softmax * V under 1e-13) to 120 nats above it. Beyond
-that they saturate, so the loss of a token is at most about 120 nats + log(V). Maxima are not
+nats below the target's (smaller ones have softmax * V under 1e-13) to 110 nats above it. Beyond
+that they saturate, so the loss of a token is at most about 110 nats + log(V). Maxima are not
 needed, so a logit costs one FMA, one exp2, one minimum, one sum and half a conversion.
 
 Bound: compute, 2*N*D*V FLOPs. Tiles are visited in groups of row blocks, so that the operands that

@@ -13,7 +13,7 @@ LOWEST = MASKED / 10
 # Stored as the log-sum-exp of a query that sees no key: its probabilities become exp(-1e30) = 0.
 EMPTY_ROW_LSE = 1e30
 LOG2E = math.log2(math.e)
-MOST = 2.0**110  # of an exponential of the head, so that a sum of 2**17 stays in float32
+MOST = 2.0**96  # of an exponential of the head, so that sums of 2**17 and products stay in float32
 
 
 def grouped_tile(p: jax.Array, blocks: int, tiles: int, group: int) -> tuple[jax.Array, jax.Array]:

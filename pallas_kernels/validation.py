@@ -136,6 +136,8 @@ def check_head_scores(
         raise ValueError(
             f"tiles.columns must be at least 64 for the Mosaic body; got {tiles.columns}."
         )
+    if body_of(tiles) == "mosaic" and tiles.cluster > 2:
+        raise ValueError(f"tiles.cluster must be 1 or 2; got {tiles.cluster}.")
 
 
 def check_symmetric(x_XMN: Any, y_XMN: Any, c_XMM: Any, scales: Sequence[Any], tiles: Any) -> None:
@@ -152,6 +154,8 @@ def check_symmetric(x_XMN: Any, y_XMN: Any, c_XMM: Any, scales: Sequence[Any], t
             f"scales must be two scalars, the factors of the product and of c; got shapes {shapes}."
         )
     _check_product_tiles(tiles, AmpereProductTiles)
+    if body_of(tiles) == "mosaic" and tiles.cluster != 1:
+        raise ValueError(f"tiles.cluster must be 1 for a symmetric product; got {tiles.cluster}.")
     if isinstance(tiles, AmpereProductTiles):
         if tiles.depth not in (32, 64):
             raise ValueError(f"tiles.depth must be 32 or 64; got {tiles.depth}.")

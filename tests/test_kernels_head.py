@@ -124,7 +124,7 @@ def test_a_token_that_is_far_too_unlikely_has_a_finite_loss_and_gradient():
     reference_N = shifted_target_logits(h, w, targets)
     scores = head_scores(h, w, reference_N, HEAD, 0.0, "exponentials", INTERPRET)
     nats = reference_N + jnp.log(scores.total_N)
-    assert np.all((nats > 115) & (nats < 125))
+    assert np.all((nats > 105) & (nats < 115))
     weight_N = jnp.ones(8)
     dh, dw = head_gradients(scores.kept_NV, h, w, targets, weight_N, scores.total_N)
     assert np.isfinite(dh).all() and np.isfinite(dw).all()
@@ -168,3 +168,29 @@ def test_the_loss_with_the_kernel_equals_the_loss_without(dtype, softcap, mesh, 
     assert np.isclose(got, want, rtol=1e-5)
     for a, b, limit in zip(gradients, exact_gradients, limits, strict=True):
         assert relative(a, b) < limit
+
+
+@pytest.mark.parametrize("dtype", [HALF, FULL])
+@pytest.mark.parametrize("scale", [8, 60])  # the least likely targets are 130 and 1,000 nats down
+def test_a_diverged_model_has_finite_gradients_that_raise_the_targets(dtype, scale):
+    """Weights are those of half a million tokens: without a scale the gradients underflowed."""
+    B, T, D, V = 2, 8, 32, 256
+    keys = jax.random.split(jax.random.key(0), 3)
+    h = jax.random.normal(keys[0], (B, T, D), dtype)
+    w = (scale * jax.random.normal(keys[1], (V, D))).astype(dtype).astype(FULL)
+    targets = jax.random.randint(keys[2], (B, T), 0, V)
+    weights = jnp.full((B, T), 2.0**-19)
+
+    def value_and_gradients(route):
+        loss = build_loss(LossConfig(), 0.0, dtype, None, route)
+        function = lambda h, w: loss(h, w, targets, weights)[0]
+        return jax.jit(jax.value_and_grad(function, argnums=(0, 1)))(h, w)
+
+    implementation = "fused:triton" + ":interpret" * INTERPRET
+    route = Route("head", implementation, "", tiles={"head": HEAD})
+    (got, got_grads), (want, want_grads) = map(value_and_gradients, (route, None))
+    assert np.isfinite(got) and got <= want * (1 + 1e-3)
+    for a, b in zip(got_grads, want_grads, strict=True):
+        a, b = a.astype(FULL), b.astype(FULL)
+        cosine = jnp.vdot(a, b) / (jnp.linalg.norm(a) * jnp.linalg.norm(b))
+        assert np.isfinite(a).all() and cosine > 0.5

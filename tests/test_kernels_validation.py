@@ -170,6 +170,8 @@ WRONG = [  # kernel, changed arguments, the start of the error, the value in it
     (head_scores, {"tiles": TILES._replace(depth=8)}, "tiles.depth must", "8"),
     (head_scores, {"tiles": TILES._replace(stages=0)}, "tiles.stages must", "0"),
     (head_scores, HALVES, "keep must", "'exponentials'"),
+    (head_scores, {"tiles": MosaicProductTiles(128, 64, 64, 2, cluster=3)}, "tiles.cluster", "3"),
+    (symmetric, {"tiles": MosaicProductTiles(128, 64, 64, 2, cluster=2)}, "tiles.cluster", "2"),
     (head_scores, {"tiles": MosaicProductTiles(128, 32, 64, 2)}, "tiles.columns must", "32"),
     (head_scores, {"softcap": -1.0}, "softcap must", "-1.0"),
     (symmetric, {"x_XMN": bf16(16, 24)}, "x_XMN must", "bfloat16[16, 24]"),

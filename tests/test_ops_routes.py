@@ -1,3 +1,4 @@
+import dataclasses
 import glob
 import os
 import subprocess
@@ -285,3 +286,23 @@ def test_each_kernel_and_requested_route_has_a_line(monkeypatch):
     monkeypatch.setattr(routes_module, "cpu_multiplies_bf16", lambda: False)
     slow = described(dtype="bfloat16")
     assert ["dense", "cpu_wide"] in [text.split()[:2] for name, text in slow if name == "route"]
+
+
+def test_a_kernel_is_not_used_for_a_micro_batch_that_it_cannot_index():
+    model = ModelConfig(L=2, D=768, H=12, G=12, K=64, F=3_072, V=50_304, dtype="bfloat16")
+    model = dataclasses.replace(model, mlp="gelu", norm="layer", position="learned", bias=True)
+    model = dataclasses.replace(model, positions=1_024)
+    choose = lambda sequences: choose_routes(
+        model,
+        False,
+        "gpu",
+        False,
+        KernelsConfig(strict=True),
+        arch="sm_86",
+        chip="a40",
+        sequences=sequences,
+    )
+    routes = choose(32)
+    assert routes["gelu"].is_fused and routes["norm"].is_fused
+    with pytest.raises(ValueError, match="fused gelu, .* 3,221,225,472 on a device. Raise --acc"):
+        choose(1_024)

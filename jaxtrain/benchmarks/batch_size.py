@@ -9,6 +9,7 @@ from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.metrics.flops import training_flops
 from jaxtrain.training.memory_formula import estimate_memory
 from jaxtrain.training.remat import AUTO, choose_remat, with_remat
+from pallas_kernels.chip import Chip
 
 STEP_S, LEAST_TOKENS = 1.5, 16_384  # steps are shortened to STEP_S, but not below LEAST_TOKENS
 LIKELY_MFU = 0.35
@@ -35,19 +36,25 @@ def like_torch(cfg: TrainConfig) -> TrainConfig:
     return dataclasses.replace(with_remat(cfg, "none"), loss=loss)
 
 
-def with_rows(cfg: TrainConfig, rows: int, usable_bytes: int) -> TrainConfig:
+def with_rows(
+    cfg: TrainConfig, rows: int, usable_bytes: int, chip: Chip | None = None
+) -> TrainConfig:
     """Returns cfg with `rows` rows in a micro-batch, and the remat that a run then chooses.
 
     Args:
         usable_bytes: of the device; 0 sets no limit.
+        chip: None if it is not in the chip table.
     """
     cfg = dataclasses.replace(cfg, accumulation=cfg.data.batch // rows)
     if cfg.model.remat != AUTO:
         return cfg
-    return choose_remat(cfg, 1, usable_bytes)[0] if usable_bytes else with_remat(cfg, "none")
+    if not usable_bytes:
+        return with_remat(cfg, "none")
+    about = (chip.arch, chip.name) if chip else ("", "")
+    return choose_remat(cfg, 1, usable_bytes, *about)[0]
 
 
-def first_rows(cfg: TrainConfig, usable_bytes: int, tokens: int) -> int:
+def first_rows(cfg: TrainConfig, usable_bytes: int, tokens: int, chip: Chip | None = None) -> int:
     """Returns the rows of a micro-batch: the largest power of two that fits by formula.
 
     With model.remat=auto, the largest that recomputes nothing is preferred, if it has at least
@@ -56,16 +63,17 @@ def first_rows(cfg: TrainConfig, usable_bytes: int, tokens: int) -> int:
     Args:
         usable_bytes: 0 sets no limit.
         tokens: the most tokens of a micro-batch.
+        chip: as in with_rows.
     """
     most = min(cfg.data.batch, max(tokens // cfg.data.seq_len, 1))
     choices = [2**i for i in range(most.bit_length())]
     if cfg.model.remat == AUTO:
         for rows in reversed(choices):
             enough = rows * cfg.data.seq_len >= WORTHWHILE_TOKENS
-            if enough and with_rows(cfg, rows, usable_bytes).model.remat == "none":
+            if enough and with_rows(cfg, rows, usable_bytes, chip).model.remat == "none":
                 return rows
     for rows, larger in itertools.pairwise(choices):
-        setting = with_rows(cfg, larger, usable_bytes)
+        setting = with_rows(cfg, larger, usable_bytes, chip)
         if usable_bytes and estimate_memory(setting, 1).peak > usable_bytes:
             return rows
     return choices[-1]

@@ -188,7 +188,7 @@ class GpuSuite:
             shutil.rmtree(self._cache(item), ignore_errors=True)
             name = "micro_batch_tokens"
             tokens: Any = tuning.hint(self.chip_name, name, DEFAULT_MICRO_BATCH_TOKENS)
-            rows = args.rows or first_rows(memory_cfg, self._usable_bytes, tokens)
+            rows = args.rows or first_rows(memory_cfg, self._usable_bytes, tokens, self.chip)
         start_s = time.monotonic()
         attempt = lambda rows: self._run_child(item.variant, dataclasses.replace(job, rows=rows))
         result, rows = halve_until_it_fits(attempt, rows // 2 if item.half else rows)
@@ -209,7 +209,7 @@ class GpuSuite:
         row |= {"variant": item.variant, "what": item.what, "rows": rows, **result}
         row |= {"half": True} if item.half else {}
         if rows:
-            cfg = with_rows(memory_cfg, rows, self._usable_bytes)
+            cfg = with_rows(memory_cfg, rows, self._usable_bytes, self.chip)
             row["formula_bytes"] = estimate_memory(cfg, 1).peak
         if "step_s" in result:
             row |= step_shares(result)

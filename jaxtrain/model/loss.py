@@ -61,17 +61,21 @@ def _local_loss(
     chunk_bytes,
     axis,
     grads,
+    scaled,
 ):
     """Returns weighted sums (objective, nats) over this device's rows; with grads also dhead, dh.
 
     Args:
         head: (w_VD, b_V or None).
         groups_BS: as in build_loss.
+        scaled: whether gradients are computed for weights of about 1, and then multiplied by a
+            power of two. So the kernel's factors of rows do not underflow.
     """
     w_VD, b_V = head
     (B, T, D), V = h_BTD.shape, w_VD.shape[0]
     wide = wide_dtype(h_BTD.dtype)  # for losses and softmax
     vocabulary = Vocabulary(axis, V)
+    scale = _power_of_two(weights_BT.max()) if scaled and grads else 1
 
     def add_chunk(carry, chunk):
         h, targets, weights = chunk
@@ -93,7 +97,7 @@ def _local_loss(
             return sums, None
         # The derivative of lse by the logits is the softmax p. So that of lse - target is
         # p - onehot, and that of z_loss * lse^2 is 2 * z_loss * lse * p.
-        dhead, dh = local.gradients(weights, 1 + 2 * z_loss * lse, top, total)
+        dhead, dh = local.gradients(weights / scale, 1 + 2 * z_loss * lse, top, total)
         dhead = jax.tree.map(jnp.add, carry[2], dhead)
         return (*sums, dhead), vocabulary.sum(dh).astype(h.dtype)
 
@@ -107,7 +111,14 @@ def _local_loss(
     carry, dh = jax.lax.scan(add_chunk, carry, chunks, unroll=count if count <= MIN_CHUNKS else 1)
     if dh is None:
         return carry
-    return (*carry, jnp.moveaxis(dh, 0, 1).reshape(B, -1, D)[:, :T])
+    dh_BTD = jnp.moveaxis(dh, 0, 1).reshape(B, -1, D)[:, :T]
+    dhead = jax.tree.map(lambda x: x * scale, carry[2])
+    return *carry[:2], dhead, (dh_BTD * scale).astype(dh_BTD.dtype)
+
+
+def _power_of_two(x: jax.Array) -> jax.Array:
+    """Returns the largest power of two that is at most a positive x; 1 for other numbers."""
+    return jnp.where(x > 0, jnp.exp2(jnp.floor(jnp.log2(jnp.where(x > 0, x, 1)))), 1)
 
 
 def build_loss(
@@ -141,7 +152,7 @@ def build_loss(
     elif route is not None and route.implementation == "one_pass":
         build_scores = lambda keep: OnePassScores
     options = dict(softcap=softcap, form=softcap_form, z_loss=cfg.z_loss)
-    options |= dict(chunk_bytes=cfg.chunk_bytes)
+    options |= dict(chunk_bytes=cfg.chunk_bytes, scaled=route is not None and route.is_fused)
 
     def compute(h_BTD, w_VD, targets_BT, weights_BT, b_V, groups_BS, grads) -> tuple[Any, ...]:
         args = h_BTD, (w_VD.astype(dtype), b_V), targets_BT, weights_BT, groups_BS

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtrain.model.dense import wide_dtype
 from jaxtrain.model.logits import cap_logits, cap_slope
 from jaxtrain.ops.fused import FusedHead
+from pallas_kernels.tile_order import LOG2E, MOST
 
 
 class Vocabulary:
@@ -170,6 +171,11 @@ class FusedScores(OnePassScores):
 
     def unflatten(self, x):
         return x[: self.targets.size].reshape(*self.targets.shape, *x.shape[1:])
+
+    def softmax(self, top, total):
+        # As the kernel computed the total: exp(logits - top) alone may overflow.
+        e = jnp.exp2((self.logits - top[..., None]) * LOG2E)
+        return jnp.minimum(e, MOST) / total[..., None]
 
     def gradients(self, weights, boost, top, total):
         if self.kept == "logits":

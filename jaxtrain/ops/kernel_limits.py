@@ -42,3 +42,15 @@ def model_obstacle(op: str, model: ModelConfig, tensor: int, narrowest_head: int
     if op == "gelu" and model.F % tensor:
         return f"mesh.tensor={tensor} must divide {model.F=}"
     return ""
+
+
+def size_obstacle(op: str, model: ModelConfig, tensor: int, tokens: int) -> str:
+    """Returns why op's kernel cannot index a micro-batch; "" if it can.
+
+    Args:
+        tokens: of a micro-batch on one device.
+    """
+    widths = {"gelu": model.F // tensor, "norm": model.D}
+    if (elements := tokens * widths.get(op, 0)) >= 2**31:
+        return f"it counts elements in int32; got {elements:,} on a device. Raise --accumulation"
+    return ""

@@ -14,7 +14,7 @@ from jaxtrain.config.sections import KernelsConfig
 from jaxtrain.ops import tuning
 from jaxtrain.ops.cudnn import find_cudnn_obstacle
 from jaxtrain.ops.devices import cpu_multiplies_bf16
-from jaxtrain.ops.kernel_limits import model_obstacle, scoring_obstacle
+from jaxtrain.ops.kernel_limits import model_obstacle, scoring_obstacle, size_obstacle
 from pallas_kernels.kernel_choice import BodyChoice, choose_body, find_body_obstacle
 from pallas_kernels.tiles import TILES, default_tiles
 
@@ -92,6 +92,8 @@ class _KernelRoutes:
             return f"it is compiled for {', '.join(TILES)}; got {self.arch or 'no GPU'}"
         narrowest = 1 if self.kernels.interpret else 16  # Triton's smallest product
         if obstacle := model_obstacle(op, model, self.tensor, narrowest):
+            return obstacle
+        if obstacle := size_obstacle(op, model, self.tensor, self.sequences * self.seq_len):
             return obstacle
         tiles = None if self.kernels.interpret else self.measured(op).tiles
         outputs = model.F, model.H * model.K, model.G * model.K  # of matrices with D inputs

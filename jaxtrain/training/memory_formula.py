@@ -63,7 +63,8 @@ def _saved_per_token(m: ModelConfig, tensor: int) -> float:
     if m.remat == "none" and is_unrolled(m):
         # What norms read and the layer's first products read; query, key, value and attention's
         # result; what the MLP's products read and write.
-        return (norms + 2) * m.D + 2 * q_width + kv_width + ffn_width
+        before_qk_norm = (q_width + kv_width / 2) if m.qk_norm else 0
+        return (norms + 2) * m.D + 2 * q_width + kv_width + before_qk_norm + ffn_width
     if m.remat == "none":
         ffn_factor = 2.5 if m.has_gated_mlp else 3.5
         return (norms + 4) * m.D + 2 * (q_width + kv_width) + ffn_factor * ffn_width
