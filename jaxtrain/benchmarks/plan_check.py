@@ -139,7 +139,8 @@ def check_folder(folder: Path, until_s: float, tiny: bool) -> None:
     all_traced_s = [traced_classes(folder, step) for step in steps]
     pairs = [pair for pair in zip(classes_s, all_traced_s, strict=True) if pair[1]]
     if pairs:
-        fitted = calibrate_by_traces(chip.name, *zip(*pairs, strict=True), about)
+        least_s, traced_s = zip(*pairs, strict=True)
+        fitted = calibrate_by_traces(chip.name, least_s, traced_s, about)
     else:
         measured_s = [row["measured_s"] for row in result["rows"]]
         fitted = fit_calibration(chip.name, classes_s, measured_s, about)

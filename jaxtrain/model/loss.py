@@ -107,13 +107,15 @@ def _local_loss(
     zero = jnp.zeros((), wide)
     dhead = (jnp.zeros((V, D), wide), None if b_V is None else jnp.zeros(V, wide))
     no_nats = zero if groups_BS is None else (zero, jnp.zeros(groups_BS.shape[1], wide))
-    carry = (zero, no_nats, dhead) if grads else (zero, no_nats)
-    carry, dh = jax.lax.scan(add_chunk, carry, chunks, unroll=count if count <= MIN_CHUNKS else 1)
+    carry: Any = (zero, no_nats, dhead) if grads else (zero, no_nats)
+    unroll = count if count <= MIN_CHUNKS else 1
+    carry, dh = jax.lax.scan(add_chunk, carry, chunks, unroll=unroll)
     if dh is None:
         return carry
+    objective, nats, dhead = carry
     dh_BTD = jnp.moveaxis(dh, 0, 1).reshape(B, -1, D)[:, :T]
-    dhead = jax.tree.map(lambda x: x * scale, carry[2])
-    return *carry[:2], dhead, (dh_BTD * scale).astype(dh_BTD.dtype)
+    dhead = jax.tree.map(lambda x: x * scale, dhead)
+    return objective, nats, dhead, (dh_BTD * scale).astype(dh_BTD.dtype)
 
 
 def _power_of_two(x: jax.Array) -> jax.Array:
