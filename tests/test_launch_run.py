@@ -167,7 +167,7 @@ def test_a_detached_job_outlives_its_operator_and_its_complete_log_arrives(bed, 
         on_host = bed.run(name, "bash", "-c", f"cat /root/jaxtrain/jobs/{job}/log/*")
         assert (bed.folder / "jobs" / job / f"{name}.log").read_text() == on_host
         steps = [int(step) for step in re.findall(r"step (\d+)\n", on_host)]
-        assert steps == list(range(1, len(steps) + 1)) and len(steps) > 50
+        assert steps == list(range(1, len(steps) + 1)) and len(steps) > 9
     assert call("status", job)[0].count("the operator asked") == 2
 
 
