@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.model import activations
 from jaxtrain.model.dense import dense_plain
+from jaxtrain.model.layer_parts import gelu
 from pallas_kernels.gelu_xla import gelu_xla
 from pallas_kernels.hlo import Program, shapes_of
+from pallas_kernels.norm_xla import normalise, normalise_gpu
 
 EPS = 1e-5
 
@@ -57,9 +58,9 @@ def test_norms_and_gradients_are_as_near_to_float64_as_jax_own(form, width, gain
     )
     dy = jax.random.normal(keys[3], x.shape).astype(dtype)
     fixed = form, tuple(range(-len(width), 0)), EPS
-    plain = lambda *args: activations.normalise(*args, *fixed)
+    plain = lambda *args: normalise(*args, *fixed)
     exact = in_float64(plain, arguments, dy)
-    got = differentiate(lambda *args: activations.normalise_gpu(*args, *fixed), arguments, dy)
+    got = differentiate(lambda *args: normalise_gpu(*args, *fixed), arguments, dy)
     floor = 2 * float(jnp.finfo(jnp.float32).eps)
     for ours, jax_own in zip(
         distances(got, exact), distances(differentiate(plain, arguments, dy), exact), strict=True
@@ -71,7 +72,7 @@ def test_gelu_for_gpus_is_nearer_to_float64_than_bfloat16_arithmetic():
     x = jnp.linspace(-8, 8, 4_096).astype(jnp.bfloat16)
     dy = jax.random.normal(jax.random.key(0), x.shape).astype(jnp.bfloat16)
     bias = jnp.asarray([0.3])
-    plain = lambda x, bias: activations.gelu(x + bias)
+    plain = lambda x, bias: gelu(x + bias)
     exact = in_float64(plain, (x[:, None], bias), dy[:, None])
     got = distances(differentiate(gelu_xla, (x[:, None], bias), dy[:, None]), exact)
     rounded = lambda x, bias: plain(x, bias.astype(x.dtype))
@@ -84,7 +85,7 @@ def test_gelu_for_gpus_is_nearer_to_float64_than_bfloat16_arithmetic():
 def test_a_non_finite_input_reaches_the_result_and_its_gradients(value):
     x = jnp.ones((3, 8)).at[1, 2].set(value)
     gain = jnp.ones(8)
-    norm = lambda x, gain: activations.normalise_gpu(x, gain, None, "rms", (-1,), EPS)
+    norm = lambda x, gain: normalise_gpu(x, gain, None, "rms", (-1,), EPS)
     y, dx, dgain = differentiate(norm, (x, gain), jnp.ones((3, 8)))
     assert not np.isfinite(y[1]).all() and np.isfinite(y[[0, 2]]).all()
     assert not np.isfinite(dx[1]).all() and not np.isfinite(dgain).all()
@@ -107,7 +108,7 @@ def test_no_activation_is_stored_in_float32(chip):
 
     def network(h, w, gain, bias):
         for i in range(2):
-            n = activations.normalise_gpu(h, gain[i], bias[i], "layer", (-1,), EPS)
+            n = normalise_gpu(h, gain[i], bias[i], "layer", (-1,), EPS)
             h = h + gelu_xla(dense_plain(n, w[i]), bias[i])
         return h
 

@@ -14,12 +14,12 @@ from jax.sharding import Mesh
 
 from jaxtrain.axes import Axes
 from jaxtrain.config.model_section import ModelConfig
-from jaxtrain.model import activations
 from jaxtrain.model.dense import DENSE
 from jaxtrain.model.rope import RopeTables, rotate
 from jaxtrain.ops import fused
 from jaxtrain.ops.routes import Route
 from pallas_kernels.gelu_xla import gelu_xla
+from pallas_kernels.norm_xla import normalise, normalise_gpu
 
 
 def letter_sizes(cfg: ModelConfig) -> dict[str, int]:
@@ -50,10 +50,15 @@ class Norm(nnx.Module):
         self.gain = param(cfg, axes, mean=1.0) if cfg.norm_gain and gain else None
         self.bias = param(cfg, axes) if form == "layer" and cfg.bias else None
 
-    def __call__(self, x_XD: jax.Array, normalise: Callable = activations.normalise) -> jax.Array:
+    def __call__(self, x_XD: jax.Array, normalise: Callable = normalise) -> jax.Array:
         gain = self.gain[...] if self.gain is not None else None
         bias = self.bias[...] if self.bias is not None else None
         return normalise(x_XD, gain, bias, self.form, self.dims, self.eps)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Computes GELU with tanh, as GPT-2 and Gemma do."""
+    return jax.nn.gelu(x, approximate=True)
 
 
 class LayerOps:
@@ -80,9 +85,9 @@ class LayerOps:
         # (jaxtrain.plan, jax 0.10.2).
         is_gpu = dense.implementation == "plain"
         self.joins_gate_and_up = is_gpu and not cfg.bias and mesh is None
-        self.normalise = activations.normalise_gpu if is_gpu else activations.normalise
+        self.normalise = normalise_gpu if is_gpu else normalise
         self.gelu_of_sum = self.fused_gelu or (gelu_xla if is_gpu else None)
-        self.gelu = gelu_xla if is_gpu else activations.gelu
+        self.gelu = gelu_xla if is_gpu else gelu
         self.moves_attention_biases = is_gpu
 
     def add_norm(
