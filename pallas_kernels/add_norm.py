@@ -71,10 +71,7 @@ class _Rows:
 
     def loop(self, body, carry):
         """Runs body(step, carry) for each block of this program."""
-        if self.programs == self.blocks:
-            return body(0, carry)
-        blocks = -((self.program - self.blocks) // self.programs)
-        return jax.lax.fori_loop(0, blocks, body, carry)
+        return triton.loop_over_blocks(self.program, self.programs, self.blocks, body, carry)
 
     def column(self, part):
         """Returns the columns [1,columns] of a part, and the mask of those that exist or None."""
@@ -83,17 +80,15 @@ class _Rows:
 
     def _locate_part(self, ref, place, part):
         (row, row_mask), (column, column_mask) = place, self.column(part)
-        shape = self.rows, self.columns
-        masks = [jnp.broadcast_to(x, shape) for x in (row_mask, column_mask) if x is not None]
-        return ref.at[row, column], functools.reduce(jnp.logical_and, masks) if masks else None
+        mask = triton.join_masks((self.rows, self.columns), row_mask, column_mask)
+        return ref.at[row, column], mask
 
     def read(self, ref, place):
         """Returns the parts of a block; what is outside of the array reads as zeros."""
         parts = []
         for part in range(self.parts):
             block, mask = self._locate_part(ref, place, part)
-            x = triton.load(block) if mask is None else triton.load(block, mask=mask, other=0.0)
-            parts.append(x.astype(jnp.float32))
+            parts.append(triton.load_inside(block, mask).astype(jnp.float32))
         return parts
 
     def read_vector(self, ref):

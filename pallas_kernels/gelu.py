@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import triton
+from pallas_kernels.block_tiles import GELU_TILES, BlockTiles
 from pallas_kernels.gelu_xla import CUBIC, RATE
-from pallas_kernels.tiles import GELU_TILES, BlockTiles
 from pallas_kernels.validation import check_gelu
 
 NARROWEST = 256  # columns that are worth a block without padding; fewer leave lanes of a warp idle
@@ -107,29 +107,21 @@ class Blocks:
         """Returns the bias of the columns, [1,columns], or 0."""
         if ref is None:
             return 0.0
-        return _load(ref.at[self.column], self.column_mask)[None, :].astype(jnp.float32)
+        bias = triton.load_inside(ref.at[self.column], self.column_mask)
+        return bias[None, :].astype(jnp.float32)
 
     def locate(self, step):
         """Returns the index of a block's elements, and the mask of those that exist or None."""
         block = self.program + step * self.programs
         row = (block * self.rows + jnp.arange(self.rows))[:, None]
-        masks = [] if self.column_mask is None else [self.column_mask[None, :]]
-        masks += [row < self.N] if self.N % self.rows else []
-        shape = self.rows, self.columns
-        masks = [jnp.broadcast_to(mask, shape) for mask in masks]
-        mask = functools.reduce(jnp.logical_and, masks) if masks else None
+        column_mask = None if self.column_mask is None else self.column_mask[None, :]
+        row_mask = row < self.N if self.N % self.rows else None
+        mask = triton.join_masks((self.rows, self.columns), column_mask, row_mask)
         return (row, self.column[None, :]), mask
 
     def loop(self, body, carry):
         """Runs body(step, carry) for each block of this program."""
-        if self.programs == self.row_blocks:
-            return body(0, carry)
-        blocks = -((self.program - self.row_blocks) // self.programs)
-        return jax.lax.fori_loop(0, blocks, body, carry)
-
-
-def _load(ref, mask):
-    return triton.load(ref) if mask is None else triton.load(ref, mask=mask, other=0.0)
+        return triton.loop_over_blocks(self.program, self.programs, self.row_blocks, body, carry)
 
 
 def _forward_kernel(x_ref, *refs, tiles, interpret):
@@ -140,7 +132,7 @@ def _forward_kernel(x_ref, *refs, tiles, interpret):
 
     def compute_block(step, carry):
         index, mask = blocks.locate(step)
-        u = _load(x_ref.at[index], mask).astype(jnp.float32) + bias
+        u = triton.load_inside(x_ref.at[index], mask).astype(jnp.float32) + bias
         triton.store(y_ref.at[index], _gelu(u, interpret).astype(y_ref.dtype), mask=mask)
         return carry
 
@@ -155,7 +147,8 @@ def _backward_kernel(dy_ref, x_ref, *refs, tiles, interpret):
 
     def compute_block(step, total):
         index, mask = blocks.locate(step)
-        x, dy = (_load(ref.at[index], mask).astype(jnp.float32) for ref in (x_ref, dy_ref))
+        x = triton.load_inside(x_ref.at[index], mask).astype(jnp.float32)
+        dy = triton.load_inside(dy_ref.at[index], mask).astype(jnp.float32)
         dx = _gelu_gradient(x + bias, dy, interpret)
         dx = triton.narrow(dx, dx_ref.dtype, interpret)
         triton.store(dx_ref.at[index], dx, mask=mask)

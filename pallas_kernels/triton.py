@@ -4,6 +4,7 @@ JAX 0.11 deprecates this backend in favour of Mosaic GPU, which jax 0.10.2 lacks
 A6000). The bodies in Mosaic GPU for these GPUs are in *_ampere.py.
 """
 
+import functools
 import struct
 import warnings
 from collections.abc import Callable
@@ -146,6 +147,30 @@ def like(
 ) -> jax.ShapeDtypeStruct:
     """Returns a ShapeDtypeStruct with the shape and type of x, unless others are given."""
     return jax.ShapeDtypeStruct(x.shape if shape is None else shape, dtype or x.dtype)
+
+
+def load_inside(ref: Any, mask: Any) -> jax.Array:
+    """Loads a block, with zeros where the mask is false; None loads all of it."""
+    return load(ref) if mask is None else load(ref, mask=mask, other=0.0)
+
+
+def join_masks(shape: tuple[int, ...], *masks: Any) -> Any:
+    """Returns where all masks that are not None are true, of a shape; None if all are None."""
+    wide = [jnp.broadcast_to(mask, shape) for mask in masks if mask is not None]
+    return functools.reduce(jnp.logical_and, wide) if wide else None
+
+
+def loop_over_blocks(
+    program: Any, programs: int, blocks: int, body: Callable[[Any, Any], Any], carry: Any
+) -> Any:
+    """Runs body(step, carry) for each block of a program: block number program + step * programs.
+
+    Args:
+        programs: at most `blocks`.
+    """
+    if programs == blocks:
+        return body(0, carry)
+    return jax.lax.fori_loop(0, -((program - blocks) // programs), body, carry)
 
 
 class Head:

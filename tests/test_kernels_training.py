@@ -50,7 +50,7 @@ def test_losses_with_fused_kernels_equal_those_with_references():
 @pytest.mark.parametrize("sizes", [None, (1, 2, 2)], ids=["one device", "rows and F are split"])
 @pytest.mark.parametrize("op", ["gelu", "norm"])
 def test_a_gpt_2_with_a_fused_op_equals_one_with_xlas(op, sizes):
-    """The norm's kernel adds the bias of attention's output; GELU's the one of its own input."""
+    """The norm's kernel adds attention's output bias. GELU's kernel adds its input's bias."""
     mesh = sizes and build_mesh(MeshConfig(*sizes), jax.devices()[:4])
     plain = choose_routes(GPT2, False, "cpu", False)
     interpreted = choose_routes(GPT2, False, "cpu", False, KernelsConfig(interpret=True))

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from jaxtrain.benchmarks.child import BenchJob, job_config
-from jaxtrain.benchmarks.first_day_results import Row, read_rows
+from jaxtrain.benchmarks.first_day_results import Row, read_rows, row_name
 from jaxtrain.benchmarks.processor import provenance
 from jaxtrain.file_errors import exit_on_file_error
 from jaxtrain.files import strict_json, write_atomic
@@ -85,16 +85,13 @@ def compare_step(row: Row, chip: Chip, cache: Path) -> Row:
     } | ({"tiny": True} if tiny else {})
 
 
-def traced_classes(folder: Path, row: Row) -> dict[str, float]:
-    """Returns a step's measured seconds by class, from the stage profile; {} without its trace."""
+def traced_classes(folder: Path, steps: list[Row]) -> list[dict[str, float]]:
+    """Returns each step's measured seconds by class, from the stage profile; {} without a trace."""
     path = folder / "profile.jsonl"
-    size, optimizer = row["case"].split()
-    half = "_half" * bool(row.get("half"))
-    name = f"{size}_{optimizer}_{row['variant']}_{row['what']}{half}"
-    for trace in read_rows(path) if path.exists() else []:
-        if trace.get("trace") == name:
-            return classes_of_causes(trace["by_cause_s"], row["step_s"])
-    return {}
+    traces = read_rows(path) if path.exists() else []
+    causes_s = {trace.get("trace"): trace.get("by_cause_s", {}) for trace in traces}
+    name = lambda step: row_name(step).replace(" ", "_")
+    return [classes_of_causes(causes_s.get(name(step), {}), step["step_s"]) for step in steps]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -136,8 +133,8 @@ def check_folder(folder: Path, until_s: float, tiny: bool) -> None:
             return
         result["rows"].append(compare_step(step, chip, folder / "plans"))
     classes_s = [row["class_s"] for row in result["rows"]]
-    all_traced_s = [traced_classes(folder, step) for step in steps]
-    pairs = [pair for pair in zip(classes_s, all_traced_s, strict=True) if pair[1]]
+    pairs = zip(classes_s, traced_classes(folder, steps), strict=True)
+    pairs = [pair for pair in pairs if pair[1]]
     if pairs:
         least_s, traced_s = zip(*pairs, strict=True)
         fitted = calibrate_by_traces(chip.name, least_s, traced_s, about)

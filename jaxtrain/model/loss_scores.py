@@ -5,6 +5,7 @@ and results are of one device: its rows, and its part of the vocabulary.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,9 +63,13 @@ class PlainScores:
     ):
         self.h, self.head, self.targets, self.vocabulary = h, head, targets, vocabulary
         self.softcap, self.form = softcap, form
-        self.logits = _compute_logits(h, *head, softcap, form)
+        self.compute()
+
+    def compute(self) -> None:
+        """Sets logits, and of each row top, total (the sum of exp(logits - top)) and target."""
+        self.logits = _compute_logits(self.h, *self.head, self.softcap, self.form)
         self.top, self.total = self.reduce()
-        self.target = vocabulary.pick(targets, self.logits)
+        self.target = self.vocabulary.pick(self.targets, self.logits)
 
     def reduce(self):
         """Returns each row's (max, sum of exp(logits - max))."""
@@ -125,7 +130,7 @@ class OnePassScores(PlainScores):
 ROW_BLOCK = 64  # of the kernel's copies
 
 
-class FusedScores(OnePassScores):
+class FusedScores(PlainScores):
     """PlainScores, computed by the kernel, which also stores what a gradient needs if `keep`.
 
     That is the logits in float32 if there is a softcap, whose slope needs them, or if the model is
@@ -133,35 +138,28 @@ class FusedScores(OnePassScores):
     Instead of a maximum each row has a reference, which all devices share.
     """
 
-    def __init__(
-        self,
-        h: jax.Array,
-        head: tuple[jax.Array, jax.Array | None],
-        targets: jax.Array,
-        vocabulary: Vocabulary,
-        softcap: float,
-        form: str,
-        keep: bool,
-        fused_head: FusedHead,
-    ):
-        w_VD, b_V = head
-        assert b_V is None and form == "tanh", "choose_routes never selects the kernel for these"
-        self.h, self.head, self.targets, self.vocabulary = h, head, targets, vocabulary
-        self.softcap, self.form, self.fused_head = softcap, form, fused_head
+    def __init__(self, *args: Any, keep: bool, fused_head: FusedHead):
+        self.keep, self.fused_head = keep, fused_head
+        super().__init__(*args)
+
+    def compute(self) -> None:
+        w_VD, b_V = self.head
+        assert b_V is None and self.form == "tanh", "choose_routes selects no kernel for these"
         # In whole blocks of rows, so that the kernel need not pad and slice what it keeps.
-        self.h_ND = self.flatten(h)
-        self.targets_N = self.flatten(targets - vocabulary.first, -1)
-        target_N = fused_head.target_logits(self.h_ND, w_VD, self.targets_N, softcap)
+        self.h_ND = self.flatten(self.h)
+        self.targets_N = self.flatten(self.targets - self.vocabulary.first, -1)
+        target_N = self.fused_head.target_logits(self.h_ND, w_VD, self.targets_N, self.softcap)
         # Only the device that has a row's target adds to the sum.
-        reference_N = vocabulary.sum(target_N) + fused_head.reference_shift
-        wide = softcap or h.dtype.itemsize > 2
-        self.kept = ("logits" if wide else "exponentials") if keep else ""
-        scores = fused_head.scores(self.h_ND, w_VD, reference_N, softcap, self.kept)
+        reference_N = self.vocabulary.sum(target_N) + self.fused_head.reference_shift
+        wide = self.softcap or self.h.dtype.itemsize > 2
+        self.kept = ("logits" if wide else "exponentials") if self.keep else ""
+        scores = self.fused_head.scores(self.h_ND, w_VD, reference_N, self.softcap, self.kept)
         self.kept_NV = scores.kept_NV
         self.top, self.total, self.target = map(
             self.unflatten, (reference_N, scores.total_N, target_N)
         )
-        self.logits = self.unflatten(self.kept_NV) if self.kept == "logits" else None
+        if self.kept == "logits":
+            self.logits = self.unflatten(self.kept_NV)
 
     def flatten(self, x, padding=0):
         """[B,T,...] -> [N,...], padded to whole blocks of rows."""

@@ -72,8 +72,7 @@ def classes_of_causes(by_cause_s: Mapping[str, float], step_s: float) -> dict[st
     """
     seconds = dict.fromkeys(CLASSES, 0.0)
     for cause, cause_s in by_cause_s.items():
-        kind, is_known = cause.partition(",")[0], cause.partition(",")[0] in KINDS
-        if is_known:
+        if (kind := cause.partition(",")[0]) in KINDS:
             seconds[kind if kind in CLASSES else MEMORY] += cause_s
     known_s = sum(seconds.values())
     return {name: s * step_s / known_s for name, s in seconds.items()} if known_s else {}
